@@ -1,0 +1,155 @@
+"""A flow that is advanced piece by piece, as an optimizer's steps do, without paying for each start.
+
+On a new objective a piece ends exactly at its end time. Once an objective was seen twice, steps keep their natural size:
+the flow runs ahead of what is asked for, and pieces are served from the polynomial through the last few accepted points
+(``HermiteWindow``). Pieces far below the natural step size then cost no integrator step at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from torch_gradflow.flow.dense import HermiteWindow
+from torch_gradflow.flow.explicit import ExplicitMethod, RunEnd
+from torch_gradflow.flow.solution import Knot
+from torch_gradflow.objectives.base import Objective
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """Where a flow stands between two pieces.
+
+    Attributes:
+        here: The present point, with loss and gradient.
+        step_size: The controller's next step size, None at the very start.
+        window: Accepted points around and ahead of the present, or None.
+    """
+
+    here: Knot
+    step_size: float | None
+    window: HermiteWindow | None
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one call of ``advance`` did: the new state, and how its last run ended."""
+
+    state: Continuation
+    status: str
+    n_accepted: int
+    n_rejected: int
+    end: RunEnd | None
+
+
+def advance(
+    method: ExplicitMethod,
+    objective: Objective,
+    state: Continuation,
+    duration: float,
+    *,
+    rtol: float,
+    atol: float,
+    ahead: bool,
+    max_evals: float = math.inf,
+    on_accept: Callable[[Knot], None] = lambda knot: None,
+) -> Piece:
+    """Follow the flow for the time ``duration``, which must be positive.
+
+    Args:
+        method: The integrator.
+        objective: L, the same as before where ``state.window`` is not None.
+        state: Where the flow stands.
+        duration: Flow time.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        ahead: Whether steps may run past the end of this piece.
+        max_evals: Gradients that may be spent.
+        on_accept: Called at each accepted point of this piece but its last.
+
+    Returns:
+        The piece, with status "t_end", or the status of the run that failed and the last accepted point.
+    """
+    target = state.here.t + duration
+    n_accepted = n_rejected = 0
+    if ahead:
+        window, step_size = state.window, state.step_size
+        spent = objective.counts.n_grad
+        if window is None or not window.covers(target):
+            window, end = _extend(method, objective, state, target, rtol, atol, max_evals, on_accept)
+            step_size, n_accepted, n_rejected = end.step_size, end.n_accepted, end.n_rejected
+        if window is not None:
+            theta = window(target)
+            here = Knot(target, theta, *objective.loss_and_gradient(theta))
+            return Piece(Continuation(here, step_size, window), "t_end", n_accepted, n_rejected, None)
+        # Running ahead failed somewhere: go as far as this piece needs.
+        max_evals -= objective.counts.n_grad - spent
+    end = method.run(
+        objective,
+        state.here,
+        target,
+        rtol=rtol,
+        atol=atol,
+        step_size=state.step_size,
+        visit=lambda knot, _: on_accept(knot) is not None,
+        max_evals=max(1.0, max_evals),
+    )
+    here = end.knot
+    if not method.first_same_as_last and end.n_accepted:
+        here = replace_gradient(here, objective)
+    return Piece(
+        Continuation(here, end.step_size or state.step_size, None),
+        end.status,
+        n_accepted + end.n_accepted,
+        n_rejected + end.n_rejected,
+        end,
+    )
+
+
+def replace_gradient(knot: Knot, objective: Objective) -> Knot:
+    """The accepted point with loss and gradient of its own, not of the last stage."""
+    loss, gradient = objective.loss_and_gradient(knot.theta)
+    return replace(knot, loss=loss, gradient=gradient)
+
+
+def _extend(
+    method: ExplicitMethod,
+    objective: Objective,
+    state: Continuation,
+    target: float,
+    rtol: float,
+    atol: float,
+    max_evals: float,
+    on_accept: Callable[[Knot], None],
+) -> tuple[HermiteWindow | None, RunEnd]:
+    """Steps of natural size until ``n_knots`` points are there and the last one lies at or past the target."""
+    knots = [state.here] if state.window is None else _knots(state.window, state.here.loss)
+
+    def visit(knot: Knot, step_size: float) -> bool:
+        knots.append(knot)
+        if knot.t <= target:
+            on_accept(knot)
+        return knot.t >= target and len(knots) >= method.n_knots
+
+    end = method.run(
+        objective,
+        knots[-1],
+        math.inf,
+        rtol=rtol,
+        atol=atol,
+        step_size=state.step_size,
+        visit=visit,
+        max_evals=max_evals,
+    )
+    if end.status != "visit":
+        return None, end
+    return HermiteWindow.through(knots[-method.n_knots :]), end
+
+
+def _knots(window: HermiteWindow, loss: Tensor) -> list[Knot]:
+    return [
+        Knot(t, theta, loss, gradient) for t, theta, gradient in zip(window.times, window.theta, window.gradient, strict=True)
+    ]

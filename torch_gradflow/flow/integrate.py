@@ -1,0 +1,333 @@
+"""The driver of a long integration: method, stopping rules, sampling, progress, interruption → FlowSolution."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torch_gradflow.flow.dense import HermiteWindow
+from torch_gradflow.flow.explicit import ExplicitMethod, RunEnd, find_method
+from torch_gradflow.flow.progress import Progress, as_progress
+from torch_gradflow.flow.solution import FlowReport, FlowSolution, Knot, Status
+from torch_gradflow.flow.stopping import StoppingRule, begin_all
+from torch_gradflow.objectives.base import Objective
+
+# Accepted points kept per decade of flow time where t_eval does not say otherwise.
+SAMPLES_PER_DECADE = 20
+
+
+def tolerances(rtol: float | None, atol: float | None, dtype: torch.dtype) -> tuple[float, float, str]:
+    """Relative and absolute tolerance, and a warning or "".
+
+    ``rtol=None`` is 1e-6 in float64 and 1e-4 in float32, ``atol=None`` is rtol/100. A local error far below the rounding
+    of a gradient cannot be seen, so rtol has a floor of 1e-13 in float64 and 1e-5 in float32.
+
+    Raises:
+        ValueError: If one is negative, rtol is zero, or not a number.
+    """
+    double = dtype == torch.float64
+    rtol_given = (1e-6 if double else 1e-4) if rtol is None else float(rtol)
+    if not 0 < rtol_given < 1:
+        raise ValueError(f"rtol must lie between 0 and 1, not {rtol!r}.")
+    floor = 1e-13 if double else 1e-5
+    used = max(rtol_given, floor)
+    atol_used = used / 100 if atol is None else float(atol)
+    if not 0 <= atol_used < math.inf:
+        raise ValueError(f"atol must be finite and not negative, not {atol!r}.")
+    warning = (
+        f"rtol={rtol_given:g} is below what {str(dtype).removeprefix('torch.')} gradients resolve; {floor:g} is used. "
+        "Pass dtype=torch.float64, or a float64 model, for tighter tolerances."
+        if used != rtol_given
+        else ""
+    )
+    return used, atol_used, warning
+
+
+def integrate(
+    objective: Objective,
+    theta0: Tensor,
+    t_span: tuple[float, float],
+    *,
+    method: str = "auto",
+    rtol: float | None = None,
+    atol: float | None = None,
+    t_eval: Sequence[float] | None = None,
+    stop: StoppingRule | list[StoppingRule] | tuple[StoppingRule, ...] | None = None,
+    max_evals: int | None = None,
+    step_size: float | None = None,
+    progress: bool | Callable[[FlowReport], Any] | Progress | None = None,
+) -> FlowSolution:
+    """Follow dθ/dt = −∇L(θ) from θ(t₀) = ``theta0`` to t₁, in the manner of ``scipy.integrate.solve_ivp``.
+
+    Args:
+        objective: L.
+        theta0: θ(t₀), shape ``(P,)``, in the objective's dtype and on its device.
+        t_span: (t₀, t₁); t₁ may be ``inf`` if a stopping rule ends the flow.
+        method: "auto" or the name of an integrator.
+        rtol: Relative tolerance of the local error; None for 1e-6 (float64) or 1e-4 (float32).
+        atol: Absolute tolerance; None for rtol/100.
+        t_eval: Times at which to sample, ascending, within the span; values between steps are interpolated to the
+            method's accuracy, with one gradient each for loss and gradient norm. None keeps about 20 accepted points per
+            decade of flow time, the first and the last.
+        stop: Rules that end the flow earlier, asked at each accepted point.
+        max_evals: Bound on gradient evaluations (status "max_evals"); None for none.
+        step_size: The first step size; None chooses it.
+        progress: True for a progress bar, or a function that is given a ``FlowReport`` at each accepted point.
+
+    Returns:
+        The solution up to where it came. Ctrl-C ends the integration with status "interrupted".
+
+    Raises:
+        ValueError, TypeError: For arguments that make no sense.
+        FloatingPointError: If loss or gradient are not finite at ``theta0``.
+    """
+    run = FlowRun(
+        objective,
+        theta0,
+        t_span,
+        method=method,
+        rtol=rtol,
+        atol=atol,
+        t_eval=t_eval,
+        stop=stop,
+        max_evals=max_evals,
+        step_size=step_size,
+        progress=progress,
+    )
+    run.run()
+    return run.solution()
+
+
+class FlowRun:
+    """One integration: ``run`` it, then ask for its ``solution``, which is usable also after an exception.
+
+    Args: As for ``integrate``; in addition
+        start: Loss and gradient at ``theta0`` where they are known.
+        scale: Positive factors s of shape ``(P,)``: the objective's coordinates are φ = θ/s. Samples and gradient norms
+            are reported for θ.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        theta0: Tensor,
+        t_span: tuple[float, float],
+        *,
+        method: str = "auto",
+        rtol: float | None = None,
+        atol: float | None = None,
+        t_eval: Sequence[float] | None = None,
+        stop: StoppingRule | list[StoppingRule] | tuple[StoppingRule, ...] | None = None,
+        max_evals: int | None = None,
+        step_size: float | None = None,
+        progress: bool | Callable[[FlowReport], Any] | Progress | None = None,
+        start: tuple[Tensor, Tensor] | None = None,
+        scale: Tensor | None = None,
+    ) -> None:
+        self._began = time.perf_counter()
+        self._t0, self._t_end = _check_span(t_span)
+        self.method: ExplicitMethod = find_method(method)
+        self._rtol, self._atol, self.warning = tolerances(rtol, atol, objective.dtype)
+        self._t_eval = _check_t_eval(t_eval, self._t0, self._t_end)
+        self._stop_check = begin_all(stop)
+        if max_evals is not None and not max_evals > 0:
+            raise ValueError(f"max_evals must be positive or None, not {max_evals!r}.")
+        if step_size is not None and not 0 < step_size < math.inf:
+            raise ValueError(f"step_size must be positive and finite or None, not {step_size!r}.")
+        if theta0.shape != (objective.n_parameters,):
+            raise ValueError(f"theta0 must have the shape ({objective.n_parameters},), not {tuple(theta0.shape)}.")
+        self._max_evals = math.inf if max_evals is None else max_evals
+        self._step_size = step_size
+        self._progress = as_progress(progress, self._t_end)
+        self._objective = objective
+        self._scale = scale
+        counts = objective.counts
+        self._counted_before = replace(counts)
+        loss, gradient = objective.loss_and_gradient(theta0) if start is None else start
+        if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(gradient).all()):
+            raise FloatingPointError(f"loss {float(loss)} or its gradient is not finite at theta0; start elsewhere.")
+        first = Knot(self._t0, theta0.detach().clone(), loss, gradient)
+        self.last = first
+        self._recent = [first]
+        self._samples: list[Knot] = []
+        self._next_eval = 0
+        self._next_sample = -math.inf
+        self._stopped_by = ""
+        self._n_accepted = 0
+        self._end: RunEnd | None = None
+        self.status: Status = "interrupted"
+        self.message = "Interrupted before the first step."
+        if self._t_eval is None:
+            self._keep(first)
+
+    def run(self) -> None:
+        """Integrate; KeyboardInterrupt ends it, any other exception is raised after the state was made consistent."""
+        try:
+            reason = self._stop_check(self._report(self.last, self._step_size or 0.0))
+            if reason is not None:
+                self.status, self.message = "stopped", reason
+                return
+            end = self._integrate()
+            self.last, self._end, self._step_size = end.knot, end, end.step_size
+            self._n_accepted = end.n_accepted
+            self._sample_end()
+            self.status, self.message = self._describe(end)
+        except KeyboardInterrupt:
+            self.status = "interrupted"
+            self.message = f"Interrupted by the user at t = {self.last.t:.6g}; this is the last accepted point."
+            self._sample_end()
+        except Exception as error:
+            self.status = "failed"
+            self.message = (
+                f"Failed at t = {self.last.t:.6g} with {type(error).__name__}: {error}. This is the last accepted point."
+            )
+            raise
+        finally:
+            self._progress.close(self.message)
+
+    def solution(self) -> FlowSolution:
+        """What has been sampled so far, with the last accepted point."""
+        samples = self._samples
+        if not samples or (self._t_eval is None and samples[-1].t != self.last.t):
+            samples = [*samples, self.last]
+        counts, before = self._objective.counts, self._counted_before
+        return FlowSolution(
+            t=torch.tensor([s.t for s in samples], dtype=torch.float64),
+            theta=torch.stack([self._to_theta(s.theta) for s in samples]),
+            loss=torch.tensor([float(s.loss) for s in samples], dtype=torch.float64),
+            grad_norm=torch.tensor([self._grad_norm(s.gradient) for s in samples], dtype=torch.float64),
+            n_grad=counts.n_grad - before.n_grad,
+            n_hessian=counts.n_hessian - before.n_hessian,
+            n_hvp=counts.n_hvp - before.n_hvp,
+            n_accepted=self._n_accepted,
+            n_rejected=0 if self._end is None else self._end.n_rejected,
+            status=self.status,
+            message=self.message,
+            method=self.method.name,
+            step_size=self._step_size or 0.0,
+        )
+
+    def _integrate(self) -> RunEnd:
+        if self._t_end == self._t0:
+            return RunEnd("t_end", self.last, self._step_size or 0.0, 0, 0)
+        return self.method.run(
+            self._objective,
+            self.last,
+            self._t_end,
+            rtol=self._rtol,
+            atol=self._atol,
+            step_size=self._step_size,
+            visit=self._visit,
+            max_evals=self._max_evals,
+            # Enough accepted points to interpolate through.
+            max_step=math.inf if self._t_eval is None else (self._t_end - self._t0) / self.method.n_knots,
+        )
+
+    def _visit(self, knot: Knot, step_size: float) -> bool:
+        self.last = knot
+        self._n_accepted += 1
+        self._step_size = step_size
+        self._sample(knot)
+        report = self._report(knot, step_size)
+        self._progress.update(report)
+        reason = self._stop_check(report)
+        self._stopped_by = reason or ""
+        return reason is not None
+
+    def _sample(self, knot: Knot) -> None:
+        if self._t_eval is None:
+            if knot.t >= self._next_sample:
+                self._keep(knot)
+            return
+        self._recent = [*self._recent, knot][-self.method.n_knots :]
+        if len(self._recent) == self.method.n_knots:
+            self._interpolate_up_to(knot.t)
+
+    def _sample_end(self) -> None:
+        """Samples up to the last accepted point, which closes the solution."""
+        if self._t_eval is None:
+            if self._samples[-1].t != self.last.t:
+                self._keep(self.last)
+        else:
+            if self._recent[-1].t != self.last.t:
+                self._recent = [*self._recent, self.last][-self.method.n_knots :]
+            self._interpolate_up_to(self.last.t)
+
+    def _interpolate_up_to(self, t: float) -> None:
+        assert self._t_eval is not None
+        while self._next_eval < len(self._t_eval) and self._t_eval[self._next_eval] <= t:
+            at = self._t_eval[self._next_eval]
+            exact = [knot for knot in self._recent if knot.t == at]
+            if exact and (self.method.first_same_as_last or exact[0].t == self._t0):
+                self._samples.append(exact[0])
+            else:
+                theta = exact[0].theta if exact else HermiteWindow.through(self._recent)(at)
+                self._samples.append(Knot(at, theta, *self._objective.loss_and_gradient(theta)))
+            self._next_eval += 1
+
+    def _keep(self, knot: Knot) -> None:
+        if not self.method.first_same_as_last and knot.t != self._t0:
+            knot = Knot(knot.t, knot.theta, *self._objective.loss_and_gradient(knot.theta))
+        self._samples.append(knot)
+        elapsed = knot.t - self._t0
+        self._next_sample = self._t0 + elapsed * 10 ** (1 / SAMPLES_PER_DECADE) if elapsed > 0 else self._t0
+
+    def _report(self, knot: Knot, step_size: float) -> FlowReport:
+        return FlowReport(
+            t=knot.t,
+            loss=float(knot.loss),
+            grad_norm=self._grad_norm(knot.gradient),
+            n_grad=self._objective.counts.n_grad - self._counted_before.n_grad,
+            elapsed=time.perf_counter() - self._began,
+            step_size=step_size,
+        )
+
+    def _grad_norm(self, gradient: Tensor) -> float:
+        return float((gradient if self._scale is None else gradient / self._scale).abs().max())
+
+    def _to_theta(self, point: Tensor) -> Tensor:
+        return point if self._scale is None else point * self._scale
+
+    def _describe(self, end: RunEnd) -> tuple[Status, str]:
+        t = f"t = {end.knot.t:.6g}"
+        if end.status == "t_end":
+            return "t_end", f"Reached the end time, {t}."
+        if end.status == "visit":
+            return "stopped", self._stopped_by
+        return end.status, failure_message(end)
+
+
+def failure_message(end: RunEnd) -> str:
+    """A sentence for a run that did not reach its end."""
+    t = f"t = {end.knot.t:.6g}"
+    return {
+        "max_evals": f"max_evals was reached at {t}: the flow is stiff here, or max_evals too small for the flow time.",
+        "underflow": f"At {t} no step is small enough for the tolerance: loosen rtol, or use a smoother loss (tanh or "
+        "softplus for ReLU), weight decay or max_norm.",
+        "not finite": f"Beyond {t} loss or gradient are not finite, however small the step: the flow diverges. Use "
+        "weight_decay or max_norm, or a loss that is bounded below.",
+    }[end.status]
+
+
+def _check_span(t_span: tuple[float, float]) -> tuple[float, float]:
+    t0, t_end = (float(t) for t in t_span)
+    if not math.isfinite(t0) or math.isnan(t_end) or t_end < t0:
+        raise ValueError(f"t_span must be (start, end) with a finite start and start <= end, not {t_span!r}.")
+    return t0, t_end
+
+
+def _check_t_eval(t_eval: Sequence[float] | None, t0: float, t_end: float) -> list[float] | None:
+    if t_eval is None:
+        return None
+    times = [float(t) for t in t_eval]
+    if not times or any(b <= a for a, b in zip(times, times[1:], strict=False)):
+        raise ValueError("t_eval must hold at least one time, in ascending order without repetition.")
+    if times[0] < t0 or times[-1] > t_end:
+        raise ValueError(f"t_eval must lie between {t0:g} and {t_end:g}, not between {times[0]:g} and {times[-1]:g}.")
+    return times

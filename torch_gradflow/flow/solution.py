@@ -1,0 +1,85 @@
+"""What travels out of an integration: accepted points, reports along the way, the solution at the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+Status = Literal["t_end", "stopped", "max_evals", "underflow", "not finite", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class Knot:
+    """An accepted point of a flow.
+
+    Attributes:
+        t: Flow time.
+        theta: θ(t), shape ``(P,)``.
+        loss: L, a 0-dimensional tensor.
+        gradient: ∇L, shape ``(P,)``.
+    """
+
+    t: float
+    theta: Tensor
+    loss: Tensor
+    gradient: Tensor
+
+
+@dataclass(frozen=True)
+class FlowReport:
+    """Where a running integration stands: what stopping rules and progress displays see.
+
+    Attributes:
+        t: Flow time.
+        loss: L at the last accepted point.
+        grad_norm: ‖∇L‖ there, in the infinity norm.
+        n_grad: Gradients evaluated so far.
+        elapsed: Wall time since the start, in seconds.
+        step_size: The step size that comes next, in flow time.
+    """
+
+    t: float
+    loss: float
+    grad_norm: float
+    n_grad: int
+    elapsed: float
+    step_size: float
+
+
+@dataclass(frozen=True)
+class FlowSolution:
+    """A sampled solution of the gradient flow.
+
+    Attributes:
+        t: Flow times of the samples, shape ``(n,)``, float64 on the CPU.
+        theta: θ at those times, shape ``(n, P)``.
+        loss: L at those times, shape ``(n,)``, float64 on the CPU.
+        grad_norm: ‖∇L‖ in the infinity norm at those times, shape ``(n,)``, float64 on the CPU.
+        n_grad: Gradients evaluated, the first one and those for samples included.
+        n_hessian: Dense Hessians evaluated.
+        n_hvp: Hessian–vector products evaluated.
+        n_accepted: Accepted steps.
+        n_rejected: Rejected steps.
+        status: "t_end" (reached the end), "stopped" (by a stopping rule), "max_evals", "underflow" (no step is small
+            enough for the tolerance), "not finite" (loss or gradient overflow), "interrupted" (Ctrl-C), "failed" (an
+            exception in the objective, which is raised).
+        message: The same as a sentence.
+        method: The integrator.
+        step_size: The step size that would have come next.
+    """
+
+    t: Tensor
+    theta: Tensor
+    loss: Tensor
+    grad_norm: Tensor
+    n_grad: int
+    n_hessian: int
+    n_hvp: int
+    n_accepted: int
+    n_rejected: int
+    status: Status
+    message: str
+    method: str
+    step_size: float

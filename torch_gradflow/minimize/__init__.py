@@ -1,0 +1,1 @@
+"""Minimisers of an Objective, and the certificate of the critical point that they find."""

@@ -1,0 +1,146 @@
+"""What kind of point this is, and how sure that is."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_gradflow.objectives.base import Objective
+
+Kind = Literal["minimum", "degenerate minimum", "saddle", "degenerate (undecided)", "not critical"]
+# Null directions that are probed one by one; beyond, as many random combinations of them.
+MAX_PROBES = 64
+
+
+@dataclass(frozen=True)
+class CriticalPoint:
+    """The verdict on a point.
+
+    Attributes:
+        kind: "minimum" (all eigenvalues of the Hessian are positive), "degenerate minimum" (none is negative, some are
+            zero, and along no null direction that was probed does the loss fall), "saddle" (a negative eigenvalue, or
+            the loss falls along a null direction), "degenerate (undecided)", or "not critical" (the gradient is larger
+            than ``gradient_tolerance``).
+        eigenvalues: Of the Hessian, ascending, shape ``(P,)``.
+        newton_decrement: √(gᵀ H⁺ g) over the eigenvalues that are not zero: twice the square of it is about how far
+            the loss lies above that of the critical point of the local quadratic model.
+        tolerance: Eigenvalues between −tolerance and tolerance count as zero: P ε ‖H‖ for rounding, plus the change of
+            the Hessian over the Newton step to the critical point, in the Frobenius norm.
+        gradient_tolerance: The larger of gtol and the change of the gradient when θ is rounded, 4 ε ‖H‖ ‖θ‖.
+        message: The verdict as a sentence, with figures.
+    """
+
+    kind: Kind
+    eigenvalues: Tensor
+    newton_decrement: float
+    tolerance: float
+    gradient_tolerance: float
+    message: str
+
+    @property
+    def n_negative(self) -> int:
+        """Eigenvalues below −tolerance."""
+        return int((self.eigenvalues < -self.tolerance).sum())
+
+    @property
+    def n_zero(self) -> int:
+        """Eigenvalues that cannot be told from zero."""
+        return int((self.eigenvalues.abs() <= self.tolerance).sum())
+
+
+def certify(objective: Objective, theta: Tensor, *, gtol: float = 1e-13) -> CriticalPoint:
+    """Classify θ by gradient, Hessian spectrum, and, where that is singular, by probing the null directions.
+
+    Null eigenvectors v are probed by moving to θ ± s v, s = 0.01 (1 + ‖θ‖), and from there back to the valley floor by
+    chord Newton steps in the other directions; the loss there is compared with that at θ. So a valley of minima (where
+    it stays the same) and a quartic minimum (where it rises) are told from a degenerate saddle (where it falls); what
+    differs only at fourth order below rounding, or in combinations of directions that were not probed, is not seen.
+
+    Args:
+        objective: L.
+        theta: The point, shape ``(P,)``.
+        gtol: Gradients up to this, in the infinity norm, count as zero.
+
+    Returns:
+        The verdict; it costs two Hessians, and some gradients per null direction.
+    """
+    loss, gradient = objective.loss_and_gradient(theta)
+    hessian = objective.hessian(theta)
+    eps = torch.finfo(objective.dtype).eps
+    values, vectors = torch.linalg.eigh(hessian)
+    size = float(values.abs().max())
+    rounding = objective.n_parameters * eps * size
+    gradient_tolerance = max(gtol, 4 * eps * size * float(theta.norm()))
+    components = vectors.T @ gradient
+    resolved = values.abs() > rounding
+    step = torch.where(resolved, -components / torch.where(resolved, values, 1.0), 0.0)
+    decrement = float((components[resolved] ** 2 / values[resolved]).abs().sum().sqrt())
+    limit = 0.1 * (1 + float(theta.norm()))
+    step = step * min(1.0, limit / max(float(step.norm()), 1e-300))
+    variation = float((objective.hessian(theta + vectors @ step) - hessian).norm())
+    tolerance = rounding + variation
+    grad_norm = float(gradient.abs().max())
+    lowest = float(values[0])
+
+    def verdict(kind: Kind, why: str) -> CriticalPoint:
+        message = f"{kind[0].upper()}{kind[1:]}: {why}"
+        return CriticalPoint(kind, values, decrement, tolerance, gradient_tolerance, message)
+
+    if not grad_norm <= gradient_tolerance:
+        return verdict("not critical", f"the gradient norm {grad_norm:.2e} is above {gradient_tolerance:.2e}.")
+    if lowest < -tolerance:
+        n = int((values < -tolerance).sum())
+        return verdict("saddle", f"{n} negative eigenvalues, the lowest {lowest:.3e} (resolved to {tolerance:.1e}).")
+    if lowest > tolerance:
+        return verdict("minimum", f"the lowest eigenvalue is {lowest:.3e} (resolved to {tolerance:.1e}).")
+    null = values.abs() <= tolerance
+    n_null = int(null.sum())
+    zeros = f"{n_null} of {len(values)} eigenvalues are zero to within {tolerance:.1e}"
+    if not bool((~null).any()):
+        vectors, null = torch.eye(len(values), dtype=theta.dtype, device=theta.device), torch.ones_like(null)
+    answer = _probe(objective, theta, loss, gradient, values, vectors, null)
+    if answer == "falls":
+        return verdict("saddle", f"{zeros}, and the loss falls along a null direction.")
+    if answer == "rises or stays":
+        return verdict("degenerate minimum", f"{zeros}; the loss does not fall along any of the probed null directions.")
+    return verdict("degenerate (undecided)", f"{zeros}, and probing them gave no clear answer.")
+
+
+def _probe(
+    objective: Objective,
+    theta: Tensor,
+    loss: Tensor,
+    gradient: Tensor,
+    values: Tensor,
+    vectors: Tensor,
+    null: Tensor,
+) -> Literal["falls", "rises or stays", "unclear"]:
+    """What the loss does along the null directions, each time at the valley floor."""
+    eps = torch.finfo(theta.dtype).eps
+    flat, steep, curvature = vectors[:, null], vectors[:, ~null], values[~null]
+    n = flat.shape[1]
+    generator = torch.Generator().manual_seed(0)
+    mix = torch.randn(n, min(n, MAX_PROBES) if n > MAX_PROBES else 4, generator=generator, dtype=torch.float64)
+    random = flat @ (mix / mix.norm(dim=0)).to(theta)
+    directions = random if n > MAX_PROBES else torch.cat([flat, random], dim=1)
+    length = 0.01 * (1 + float(theta.norm()))
+    unclear = False
+    for direction in [*directions.T, *(-directions.T)]:
+        point = theta + length * direction
+        settled = steep.shape[1] == 0
+        there, slope = objective.loss_and_gradient(point)
+        for _ in range(20):
+            if settled or not bool(torch.isfinite(slope).all()):
+                break
+            move = steep @ ((steep.T @ slope) / curvature)
+            point = point - move
+            settled = float(move.norm()) <= 1e-3 * length * eps**0.5
+            there, slope = objective.loss_and_gradient(point)
+        noise = 1e3 * eps * float(loss.abs()) + 4 * float(gradient.norm()) * length
+        if float(there) < float(loss) - noise:
+            return "falls"
+        unclear = unclear or not settled or not bool(torch.isfinite(there))
+    return "unclear" if unclear else "rises or stays"

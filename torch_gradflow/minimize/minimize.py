@@ -1,0 +1,226 @@
+"""The driver of a minimisation: method, stopping, progress, interruption, certificate → MinimizeResult."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from torch_gradflow.minimize.certificate import CriticalPoint, certify
+from torch_gradflow.minimize.result import MinimizeReport, MinimizeResult, MinimizeStatus
+from torch_gradflow.minimize.trust_region import Iterate, TrustRegionNewton
+from torch_gradflow.objectives.base import Objective
+
+METHODS = ("auto", "trust-region")
+DEFAULT_MAX_ITER = 300
+# Dense matrices alive at once: the Hessian, its unsymmetrised products, eigenvectors and the work space of eigh.
+DENSE_MATRICES = 6
+
+
+def minimize(
+    objective: Objective,
+    theta0: Tensor,
+    *,
+    method: str = "auto",
+    gtol: float = 1e-13,
+    max_iter: int | None = None,
+    certificate: bool = True,
+    progress: bool | Callable[[MinimizeReport], Any] | None = None,
+) -> MinimizeResult:
+    """Find a critical point of L near ``theta0``, in the manner of ``scipy.optimize.minimize``.
+
+    Args:
+        objective: L, twice differentiable.
+        theta0: The start, shape ``(P,)``.
+        method: "auto" or "trust-region": exact trust-region Newton on dense Hessians.
+        gtol: Done when ‖∇L‖ in the infinity norm is at most this.
+        max_iter: Most trial steps; None for 300.
+        certificate: Whether to classify the point that was found (two more Hessians).
+        progress: True for a progress bar, or a function that is given a ``MinimizeReport`` per iteration.
+
+    Returns:
+        The best point found. Ctrl-C ends the iteration with status "interrupted".
+
+    Raises:
+        ValueError: For arguments that make no sense.
+        MemoryError: If dense Hessians would not fit into memory, before anything is allocated.
+        FloatingPointError: If loss or gradient are not finite at ``theta0``.
+    """
+    run = MinimizeRun(
+        objective,
+        theta0,
+        method=method,
+        gtol=gtol,
+        max_iter=max_iter,
+        certificate=certificate,
+        progress=progress,
+    )
+    run.run()
+    return run.result()
+
+
+class MinimizeRun:
+    """One minimisation: ``run`` it, then ask for its ``result``, which is usable also after an exception.
+
+    Args: As for ``minimize``; in addition
+        start: Loss and gradient at ``theta0`` where they are known.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        theta0: Tensor,
+        *,
+        method: str = "auto",
+        gtol: float = 1e-13,
+        max_iter: int | None = None,
+        certificate: bool = True,
+        progress: bool | Callable[[MinimizeReport], Any] | None = None,
+        start: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        check_settings(method, gtol, max_iter)
+        if theta0.shape != (objective.n_parameters,):
+            raise ValueError(f"theta0 must have the shape ({objective.n_parameters},), not {tuple(theta0.shape)}.")
+        if not (progress is None or isinstance(progress, bool) or callable(progress)):
+            raise TypeError(f"progress must be True, False or a function of a MinimizeReport, not {progress!r}.")
+        check_memory(objective.n_parameters, objective.dtype, objective.device)
+        self._objective, self._method = objective, TrustRegionNewton()
+        self._gtol, self._max_iter = gtol, DEFAULT_MAX_ITER if max_iter is None else max_iter
+        self._wants_certificate, self._progress = certificate, progress
+        self._counted_before = replace(objective.counts)
+        loss, gradient = objective.loss_and_gradient(theta0) if start is None else start
+        if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(gradient).all()):
+            raise FloatingPointError(f"loss {float(loss)} or its gradient is not finite at theta0; start elsewhere.")
+        self.last = Iterate(theta0.detach().clone(), loss, gradient, float("nan"), 0.0, False)
+        self.n_iter = 0
+        self.status: MinimizeStatus = "interrupted"
+        self.message = "Interrupted before the first step."
+        self.certificate: CriticalPoint | None = None
+        self._norms = [self._grad_norm()]
+
+    def run(self) -> None:
+        """Iterate; KeyboardInterrupt ends it, any other exception is raised after the state was made consistent."""
+        bar = tqdm(desc="polish", unit=" steps") if self._progress is True else None
+        try:
+            self._iterate(bar)
+            if self._wants_certificate:
+                self.certificate = certify(self._objective, self.last.theta, gtol=self._gtol)
+        except KeyboardInterrupt:
+            self.status = "interrupted"
+            self.message = f"Interrupted by the user after {self.n_iter} iterations; this is the best point so far."
+        except Exception as error:
+            self.status, self.message = "failed", f"Failed with {type(error).__name__}: {error}"
+            raise
+        finally:
+            if bar is not None:
+                bar.set_postfix_str(f"{self.message}")
+                bar.close()
+
+    def result(self) -> MinimizeResult:
+        """The best point so far."""
+        counts, before = self._objective.counts, self._counted_before
+        return MinimizeResult(
+            theta=self.last.theta,
+            loss=float(self.last.loss),
+            grad_norm=self._grad_norm(),
+            n_iter=self.n_iter,
+            n_grad=counts.n_grad - before.n_grad,
+            n_hvp=counts.n_hvp - before.n_hvp,
+            n_hessian=counts.n_hessian - before.n_hessian,
+            status=self.status,
+            message=self.message,
+            method=self._method.name,
+            certificate=self.certificate,
+        )
+
+    def _iterate(self, bar: Any) -> None:
+        if self._grad_norm() <= self._gtol:
+            self._finish("converged", "")
+            return
+        steps = self._method.iterate(self._objective, self.last.theta, self.last.loss, self.last.gradient)
+        for iterate in steps:
+            self.last = iterate
+            self.n_iter += 1
+            self._norms.append(self._grad_norm())
+            self._show(bar)
+            if self._grad_norm() <= self._gtol:
+                self._finish("converged", "")
+                return
+            if iterate.stuck:
+                self._finish("rounding", "rounding errors hide any further progress")
+                return
+            if self.n_iter >= self._max_iter:
+                self._finish("max_iter", f"max_iter={self._max_iter} was reached while {self._speed()}")
+                return
+
+    def _finish(self, status: MinimizeStatus, why: str) -> None:
+        norm = f"the gradient norm is {self._grad_norm():.2e}"
+        self.status = status
+        if status == "converged":
+            self.message = f"Converged after {self.n_iter} iterations: {norm}, at most gtol = {self._gtol:.1e}."
+        else:
+            self.message = f"Stopped after {self.n_iter} iterations because {why}: {norm}, gtol = {self._gtol:.1e}."
+
+    def _speed(self) -> str:
+        window = self._norms[-min(21, len(self._norms)) :]
+        if window[-1] < 0.9 * window[0]:
+            return (
+                f"it was still converging (from {window[0]:.2e} to {window[-1]:.2e} over the last {len(window) - 1} "
+                "iterations)"
+            )
+        return f"the gradient norm hardly fell (from {window[0]:.2e} over the last {len(window) - 1} iterations)"
+
+    def _show(self, bar: Any) -> None:
+        report = MinimizeReport(
+            self.n_iter, float(self.last.loss), self._grad_norm(), self.last.smallest_eigenvalue, self.last.radius
+        )
+        if bar is not None:
+            bar.set_postfix_str(
+                f"loss = {report.loss:.6e}, |grad| = {report.grad_norm:.2e}, "
+                f"lowest eigenvalue = {report.smallest_eigenvalue:.1e}",
+                refresh=False,
+            )
+            bar.update(1)
+        elif callable(self._progress):
+            self._progress(report)
+
+    def _grad_norm(self) -> float:
+        return float(self.last.gradient.abs().max())
+
+
+def check_settings(method: str, gtol: float, max_iter: int | None) -> None:
+    """Check what ``minimize`` and ``NewtonPolish`` are given.
+
+    Raises:
+        ValueError: Naming the argument.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}.")
+    if not 0 <= gtol < float("inf"):
+        raise ValueError(f"gtol must be a finite number >= 0, not {gtol!r}.")
+    if max_iter is not None and (not isinstance(max_iter, int) or max_iter < 1):
+        raise ValueError(f"max_iter must be a positive integer or None, not {max_iter!r}.")
+
+
+def check_memory(n_parameters: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse dense Hessians that would not fit into free memory.
+
+    Raises:
+        MemoryError: With the size they would take.
+    """
+    matrix = n_parameters**2 * torch.finfo(dtype).bits // 8
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = psutil.virtual_memory().available
+    if DENSE_MATRICES * matrix > free:
+        raise MemoryError(
+            f"the dense Hessian of {n_parameters:,} parameters takes {matrix / 2**30:,.1f} GiB, and about {DENSE_MATRICES} "
+            f"such matrices are needed, but {free / 2**30:,.1f} GiB are free. Polish a smaller network, or freeze layers "
+            "(requires_grad=False, or lr=0 in their group)."
+        )

@@ -1,0 +1,64 @@
+"""What a minimisation returns, and what it reports along the way."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from torch_gradflow.minimize.certificate import CriticalPoint
+
+MinimizeStatus = Literal["converged", "rounding", "max_iter", "not finite", "interrupted", "failed"]
+
+
+@dataclass(frozen=True)
+class MinimizeReport:
+    """Where a running minimisation stands.
+
+    Attributes:
+        n_iter: Iterations so far.
+        loss: L at the present point.
+        grad_norm: ‖∇L‖ there, in the infinity norm.
+        smallest_eigenvalue: Of the Hessian there.
+        radius: Of the trust region.
+    """
+
+    n_iter: int
+    loss: float
+    grad_norm: float
+    smallest_eigenvalue: float
+    radius: float
+
+
+@dataclass(frozen=True)
+class MinimizeResult:
+    """The end of a minimisation.
+
+    Attributes:
+        theta: The best point, shape ``(P,)``.
+        loss: L there.
+        grad_norm: ‖∇L‖ there, in the infinity norm.
+        n_iter: Iterations.
+        n_grad: Gradients evaluated, those of the certificate included.
+        n_hvp: Hessian–vector products evaluated.
+        n_hessian: Dense Hessians evaluated, those of the certificate included.
+        status: "converged" (gradient norm at most gtol), "rounding" (rounding errors hide any further progress),
+            "max_iter", "not finite" (loss or derivatives overflow), "interrupted" (Ctrl-C), "failed" (an exception in the
+            objective, which is raised).
+        message: The same as a sentence, with how fast it was converging where it did not arrive.
+        method: The minimiser.
+        certificate: What kind of point this is, or None where it was not asked for or the run was cut off.
+    """
+
+    theta: Tensor
+    loss: float
+    grad_norm: float
+    n_iter: int
+    n_grad: int
+    n_hvp: int
+    n_hessian: int
+    status: MinimizeStatus
+    message: str
+    method: str
+    certificate: CriticalPoint | None

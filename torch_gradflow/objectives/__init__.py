@@ -1,0 +1,1 @@
+"""L(θ) of one flat parameter vector: loss, gradient, Hessian–vector products, Hessian."""

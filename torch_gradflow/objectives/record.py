@@ -1,0 +1,454 @@
+"""A forward pass recorded once and replayed as a pure function of the parameters.
+
+``Recorder`` is a ``torch.overrides.TorchFunctionMode``: while it is entered, it sees every torch function that is
+called, and the calls of ``Tensor.backward``, which run as usual. What it keeps, a ``Program``, are the calls that depend
+on the parameters, with *names* (slot numbers) in place of intermediate results, so that no activation outlives the pass;
+tensors that do not depend on the parameters (data, targets, buffers) are kept as constants with their version counters.
+
+A record can be wrong although every call was seen: numbers read with ``.item()`` freeze, custom autograd Functions are
+seen from inside, hooks are not seen at all. So nothing here decides whether a program may be used. ``doubts`` names what
+the recorder itself noticed; the rest shows in a comparison with ``.grad`` (see ``objectives.closure``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# Reading a number or a truth value out of a tensor: what Python does with it cannot be replayed.
+_READS = frozenset({"item", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__"})
+_DECISIONS = frozenset({"__bool__", "is_nonzero", "equal", "allclose", "__contains__"})
+_RANDOM = frozenset(
+    {
+        *("dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "rrelu"),
+        *("bernoulli", "bernoulli_", "multinomial", "poisson", "normal", "normal_", "uniform_", "gumbel_softmax"),
+        *("rand_like", "randn_like", "randint_like", "dropout_", "feature_dropout", "lstm", "gru", "rnn_tanh", "rnn_relu"),
+        *("scaled_dot_product_attention", "multi_head_attention_forward"),
+    }
+)
+# Functions that normalise with batch statistics, with the argument that says whether they do.
+_BATCH_STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
+_BOOKKEEPING = frozenset({"requires_grad_", "retain_grad"})
+_GRAD_GETTER = torch.Tensor.grad.__get__
+_DATA_SETTER = torch.Tensor.data.__set__
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The name of a value that depends on the parameters."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Call:
+    """One recorded call, with the global modes under which it ran.
+
+    ``args`` and ``kwargs`` hold slots, constant tensors and plain values; ``outputs`` names the tensors of the result in
+    the order of ``tensors_in``; ``autocast`` is the type to which autocast casts, or None where it is off.
+    """
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    outputs: tuple[int, ...]
+    grad_enabled: bool
+    autocast: torch.dtype | None
+    in_place: bool
+
+
+@dataclass(frozen=True)
+class RecordedLoss:
+    """A tensor on which ``backward`` was called; ``weight`` is the ``gradient`` argument of that call."""
+
+    slot: int
+    weight: Tensor | None
+
+
+@dataclass(frozen=True)
+class Program:
+    """L as a sequence of torch calls: a pure function of the parameters, see ``evaluate``.
+
+    Attributes:
+        n_inputs: Number of parameter tensors; they are slots 0, 1, ...
+        n_slots: Number of values altogether.
+        calls: The calls, in their order.
+        losses: The tensors whose (weighted) sum is L.
+        constants: Tensors that do not depend on the parameters, each with its version counter when it was used.
+        device_type: For autocast.
+    """
+
+    n_inputs: int
+    n_slots: int
+    calls: tuple[Call, ...]
+    losses: tuple[RecordedLoss, ...]
+    constants: tuple[tuple[Tensor, int], ...]
+    device_type: str
+
+    def evaluate(self, values: Sequence[Tensor]) -> Tensor:
+        """L, a 0-dimensional tensor, for parameters ``values``; any torch.func transform may be applied to it."""
+        environment: list[Any] = [None] * self.n_slots
+        environment[: self.n_inputs] = values
+
+        def value_of(leaf: Any) -> Any:
+            return environment[leaf.index] if isinstance(leaf, Slot) else leaf
+
+        for call in self.calls:
+            args = map_leaves(value_of, call.args)
+            kwargs = map_leaves(value_of, call.kwargs)
+            if call.grad_enabled and call.autocast is None:
+                result = call.function(*args, **kwargs)
+            else:
+                with ExitStack() as stack:
+                    if not call.grad_enabled:
+                        stack.enter_context(torch.no_grad())
+                    if call.autocast is not None:
+                        stack.enter_context(torch.autocast(self.device_type, call.autocast, cache_enabled=False))
+                    result = call.function(*args, **kwargs)
+            for slot, tensor in zip(call.outputs, tensors_in(result), strict=True):
+                environment[slot] = tensor
+        terms = [
+            environment[loss.slot] if loss.weight is None else (environment[loss.slot] * loss.weight).sum()
+            for loss in self.losses
+        ]
+        return torch.stack([term.reshape(()) for term in terms]).sum() if len(terms) > 1 else terms[0].reshape(())
+
+    def changed_constants(self) -> bool:
+        """Whether a constant was written to in place after the record used it."""
+        return any(version_of(tensor) != version for tensor, version in self.constants)
+
+    def same_function_as(self, other: Program) -> bool:
+        """Whether both are the same calls on equal constants, none of which was written to since."""
+        if len(self.calls) != len(other.calls) or self.losses != other.losses or self.n_inputs != other.n_inputs:
+            return False
+        if self.changed_constants() or other.changed_constants():
+            return False
+        return all(_same(a, b) for a, b in zip(self.calls, other.calls, strict=True))
+
+    def structure(self) -> tuple[Any, ...]:
+        """The names of the called functions and how values flow between them, without constants."""
+        return tuple((getattr(c.function, "__name__", ""), c.outputs, c.grad_enabled, c.autocast) for c in self.calls)
+
+    def in_float64(self) -> Program:
+        """The same calls with floating-point constants and explicit type arguments in float64.
+
+        Called with float64 parameters it is L to double precision for a model that computes in float32.
+        """
+        memory: dict[int, Tensor] = {}
+
+        def widen(leaf: Any) -> Any:
+            if isinstance(leaf, Tensor) and leaf.dtype == torch.float32:
+                return memory.setdefault(id(leaf), leaf.detach().to(torch.float64))
+            return torch.float64 if leaf is torch.float32 else leaf
+
+        def widen_call(call: Call) -> Call:
+            function = torch.Tensor.double if call.function is torch.Tensor.float else call.function
+            return replace(
+                call, function=function, args=map_leaves(widen, call.args), kwargs=map_leaves(widen, call.kwargs)
+            )
+
+        calls = tuple(widen_call(call) for call in self.calls)
+        losses = tuple(replace(loss, weight=widen(loss.weight)) for loss in self.losses)
+        return replace(self, calls=calls, losses=losses)
+
+
+class Recorder(TorchFunctionMode):
+    """Records, while entered, what is computed from ``parameters``.
+
+    Attributes:
+        doubts: Reasons, in words, why the record may not be the function it looks like.
+        reads: Names of functions that read numbers out of tensors that depend on the parameters.
+        written: Tensors that existed before and were written to in place (BatchNorm's statistics, counters).
+        n_backward: Calls of ``Tensor.backward``.
+        loss: The sum of what ``backward`` was called on, or None.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        self.doubts: list[str] = []
+        self.reads: set[str] = set()
+        self.written: list[Tensor] = []
+        self.n_backward = 0
+        self.loss: Tensor | None = None
+        self._parameters = parameters
+        self._device_type = parameters[0].device.type
+        self._names: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+        self._calls: list[Call] = []
+        self._losses: list[RecordedLoss] = []
+        self._constants: dict[int, tuple[Tensor, int]] = {}
+        self._n_slots = 0
+        self._n_calls_before_last_backward = 0
+        for parameter in parameters:
+            self._name(parameter, self._new_slot())
+
+    # A value's name is -1 when it was made while recording but does not depend on the parameters.
+    def _name(self, tensor: Tensor, slot: int) -> None:
+        key = id(tensor)
+        names = self._names
+        names[key] = (weakref.ref(tensor, lambda _: names.pop(key, None)), slot)
+
+    def _slot(self, tensor: Tensor) -> int | None:
+        entry = self._names.get(id(tensor))
+        return entry[1] if entry is not None and entry[0]() is tensor else None
+
+    def _new_slot(self) -> int:
+        self._n_slots += 1
+        return self._n_slots - 1
+
+    def _doubt(self, reason: str) -> None:
+        if reason not in self.doubts:
+            self.doubts.append(reason)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.backward:
+            self._record_backward(*args, **kwargs)
+            return func(*args, **kwargs)
+        operands = list(tensors_in((args, kwargs)))
+        versions = [version_of(t) for t in operands]
+        slots = [self._slot(t) for t in operands]
+        result = func(*args, **kwargs)
+        self._record(func, args, kwargs, operands, slots, versions, result)
+        return result
+
+    def _record_backward(self, loss: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) -> None:
+        self.n_backward += 1
+        value = loss.detach() if gradient is None else (loss.detach() * gradient).sum()
+        self.loss = value.clone() if self.loss is None else self.loss + value
+        slot = self._slot(loss)
+        if slot is None or slot < 0:
+            self._doubt("backward was called on a tensor that was not computed from the parameters by torch functions")
+            return
+        self._losses.append(RecordedLoss(slot, None if gradient is None else gradient.detach().clone()))
+        self._n_calls_before_last_backward = len(self._calls)
+
+    def _record(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        operands: list[Tensor],
+        slots: list[int | None],
+        versions: list[int],
+        result: Any,
+    ) -> None:
+        name = getattr(func, "__name__", "")
+        if name in _BOOKKEEPING:
+            return
+        written = [(t, s) for t, s, v in zip(operands, slots, versions, strict=True) if version_of(t) != v]
+        depends = any(slot is not None and slot >= 0 for slot in slots) and func != _GRAD_GETTER
+        results = list(tensors_in(result))
+        if func == _DATA_SETTER and slots[0] is not None and slots[0] >= 0:
+            self._doubt("it assigns to .data of a tensor that depends on the parameters")
+        if name in _BATCH_STATISTICS:
+            args, kwargs, statistics = _without_running_statistics(name, args, kwargs)
+            written = [(t, s) for t, s in written if all(t is not b for b in statistics)]
+            self._note_outside_writes((t, self._slot(t)) for t in statistics)
+        self._note_outside_writes(written)
+        if not depends:
+            for tensor in results:
+                if self._slot(tensor) is None:
+                    self._name(tensor, -1)
+            return
+        if name in _DECISIONS:
+            self._doubt(f"it decides by the value of a tensor ({name})")
+        if name in _READS:
+            self.reads.add(name)
+        if not results and not written:
+            return
+        self._note_writes(written)
+        if name in _RANDOM and _draws(name, args, kwargs, results):
+            self._doubt(f"it draws random numbers ({name})")
+        if any(t.is_inference() for t in results):
+            self._doubt("it runs under torch.inference_mode")
+        template = {id(t): Slot(s) for t, s in zip(operands, slots, strict=True) if s is not None and s >= 0}
+
+        def leaf(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                slot = template.get(id(value))
+                if slot is not None:
+                    return slot
+                self._constants.setdefault(id(value), (value, version_of(value)))
+            return value
+
+        recorded_args, recorded_kwargs = map_leaves(leaf, args), map_leaves(leaf, dict(kwargs))
+        outputs = tuple(self._new_slot() for _ in results)
+        for tensor, slot in zip(results, outputs, strict=True):
+            self._name(tensor, slot)
+        autocast = torch.is_autocast_enabled(self._device_type)
+        self._calls.append(
+            Call(
+                function=func,
+                args=recorded_args,
+                kwargs=recorded_kwargs,
+                outputs=outputs,
+                grad_enabled=torch.is_grad_enabled(),
+                autocast=torch.get_autocast_dtype(self._device_type) if autocast else None,
+                in_place=bool(written),
+            )
+        )
+
+    def _note_outside_writes(self, written: Iterable[tuple[Tensor, int | None]]) -> None:
+        for tensor, slot in written:
+            if slot is None and all(tensor is not known for known in self.written):
+                self.written.append(tensor)
+
+    def _note_writes(self, written: list[tuple[Tensor, int | None]]) -> None:
+        # A value that is written to keeps its slot: the replay writes to it too, in the same order.
+        for _, slot in written:
+            if slot is None or slot < 0:
+                self._doubt("it writes values that depend on the parameters into a tensor that was made without them")
+            elif slot < len(self._parameters):
+                self._doubt("it writes to a parameter in place")
+
+    def program(self, returned: Any = None) -> Program | None:
+        """What was recorded, pruned to what L needs; None where no loss was seen.
+
+        Where ``backward`` was called by other means than ``Tensor.backward`` (``torch.autograd.backward``), the
+        tensor that the closure ``returned`` is taken as the loss; a comparison with ``.grad`` has to confirm it.
+        """
+        losses, calls = self._losses, self._calls[: self._n_calls_before_last_backward]
+        if self.n_backward == 0 and isinstance(returned, Tensor) and returned.numel() == 1:
+            slot = self._slot(returned)
+            if slot is not None and slot >= 0:
+                losses, calls = [RecordedLoss(slot, None)], self._calls
+        if not losses:
+            return None
+        calls = _prune(calls, losses)
+        used = {id(t) for call in calls for t in tensors_in((call.args, call.kwargs))}
+        constants = tuple(entry for key, entry in self._constants.items() if key in used)
+        program = Program(
+            n_inputs=len(self._parameters),
+            n_slots=self._n_slots,
+            calls=tuple(calls),
+            losses=tuple(losses),
+            constants=constants,
+            device_type=self._device_type,
+        )
+        if program.changed_constants():
+            self._doubt("a tensor that it uses was written to in place afterwards")
+        return program
+
+
+def _prune(calls: Sequence[Call], losses: Sequence[RecordedLoss]) -> list[Call]:
+    """The calls from which the losses are computed; all of them if any writes in place, where aliases hide needs."""
+    if any(call.in_place for call in calls):
+        return list(calls)
+    needed = {loss.slot for loss in losses}
+    kept = []
+    for call in reversed(calls):
+        if needed.intersection(call.outputs):
+            kept.append(call)
+            needed.update(leaf.index for leaf in leaves_in((call.args, call.kwargs)) if isinstance(leaf, Slot))
+    return kept[::-1]
+
+
+def _without_running_statistics(
+    name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], Mapping[str, Any], tuple[Tensor, ...]]:
+    """A normalisation's arguments without the running statistics, if it writes them, and those statistics.
+
+    With batch statistics the result does not depend on the running ones, so a replay can do without writing them.
+    """
+    names = ("input", "running_mean", "running_var", "weight", "bias", _BATCH_STATISTICS[name])
+    given = dict(zip(names, args, strict=False)) | dict(kwargs)
+    statistics = tuple(t for t in (given.get("running_mean"), given.get("running_var")) if isinstance(t, Tensor))
+    if not given.get(names[-1], name == "instance_norm") or not statistics:
+        return args, kwargs, ()
+    return (args[0], None, None, *args[3:]), {k: v for k, v in kwargs.items() if k not in names[1:3]}, statistics
+
+
+def _draws(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], results: list[Tensor]) -> bool:
+    """Whether a call of a function that can be random is random with these arguments."""
+    if name in {"dropout", "alpha_dropout", "feature_alpha_dropout", "dropout1d", "dropout2d", "dropout3d", "rrelu"}:
+        names = ("input", "p", "training")
+        given = {"training": name not in {"alpha_dropout", "feature_alpha_dropout", "rrelu"}}
+        given |= dict(zip(names, args, strict=False)) | dict(kwargs)
+        return bool(given["training"]) and given.get("p", 0.5) != 0
+    if name == "scaled_dot_product_attention":
+        return bool(kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0))
+    if name == "multi_head_attention_forward":
+        return bool(kwargs.get("training", True)) and bool(args[10] if len(args) > 10 else kwargs.get("dropout_p"))
+    if name in {"lstm", "gru", "rnn_tanh", "rnn_relu"}:
+        # (input, hidden, weights, has_biases, num_layers, dropout, train, ...) or (input, batch_sizes, hidden, ...)
+        floats = [a for a in args if isinstance(a, float)]
+        return bool(floats and floats[0] > 0 and any(a is True for a in args[6:8]))
+    return bool(results)
+
+
+def version_of(tensor: Tensor) -> int:
+    """The counter that every in-place write to a tensor advances; inference tensors have none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
+    """``function`` of everything in nested tuples, lists, dictionaries and slices."""
+    if isinstance(tree, tuple):
+        mapped = [map_leaves(function, item) for item in tree]
+        return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)
+    if isinstance(tree, list):
+        return [map_leaves(function, item) for item in tree]
+    if isinstance(tree, dict):
+        return {key: map_leaves(function, item) for key, item in tree.items()}
+    if isinstance(tree, slice):
+        return slice(*(map_leaves(function, item) for item in (tree.start, tree.stop, tree.step)))
+    return function(tree)
+
+
+def leaves_in(tree: Any) -> Iterator[Any]:
+    """Everything in nested tuples (named ones and torch's return types among them), lists, dictionaries and slices."""
+    if isinstance(tree, tuple | list):
+        for item in tree:
+            yield from leaves_in(item)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            yield from leaves_in(item)
+    elif isinstance(tree, slice):
+        yield from leaves_in((tree.start, tree.stop, tree.step))
+    else:
+        yield tree
+
+
+def tensors_in(tree: Any) -> Iterator[Tensor]:
+    """The tensors among ``leaves_in``."""
+    return (leaf for leaf in leaves_in(tree) if isinstance(leaf, Tensor))
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        if a is b:
+            return True
+        return (
+            isinstance(a, Tensor)
+            and isinstance(b, Tensor)
+            and a.dtype == b.dtype
+            and a.device == b.device
+            and a.shape == b.shape
+            and a.layout == b.layout == torch.strided
+            and torch.equal(a, b)
+        )
+    if isinstance(a, Call):
+        return isinstance(b, Call) and all(
+            _same(getattr(a, field), getattr(b, field))
+            for field in ("function", "outputs", "grad_enabled", "autocast", "args", "kwargs")
+        )
+    if isinstance(a, tuple | list):
+        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, slice):
+        return isinstance(b, slice) and _same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
+    return type(a) is type(b) and bool(a == b)

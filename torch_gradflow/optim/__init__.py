@@ -1,0 +1,1 @@
+"""Optimizers: what a user puts where Adam stood."""

@@ -1,0 +1,248 @@
+"""What GradientFlow and NewtonPolish share: parameters, settings, and a closure opened as an objective for one step."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from torch_gradflow.objectives.base import EvaluationCounts
+from torch_gradflow.objectives.closure import ClosureMemory, Engine, NoClosure, OpenedClosure, open_closure
+from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters, working_dtype
+from torch_gradflow.objectives.regularized import Penalties
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+NO_CLOSURE = (
+    "{name}.step() was called without a closure, but it has to evaluate the loss at other parameters. Write\n"
+    "    def closure():\n"
+    "        optimizer.zero_grad()\n"
+    "        loss = loss_fn(model(x), y)\n"
+    "        loss.backward()\n"
+    "        return loss\n"
+    "    optimizer.step(closure)\n"
+    "(step() in a loop without a closure is not supported yet. In Lightning's manual optimization, pass closure=closure.)"
+)
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """How a closure becomes an objective; see ``GradientFlow`` for the meaning of each."""
+
+    max_norm: float | None
+    dtype: torch.dtype | None
+    engine: Engine
+    check: bool
+
+    def __post_init__(self) -> None:
+        if self.max_norm is not None and not 0 <= self.max_norm < math.inf:
+            raise ValueError(f"max_norm must be a number >= 0 or None, not {self.max_norm!r}.")
+        if self.dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float64, torch.float32 or None, not {self.dtype!r}.")
+        if self.engine not in ("auto", "replay", "closure"):
+            raise ValueError(f"engine must be 'auto', 'replay' or 'closure', not {self.engine!r}.")
+        if not isinstance(self.check, bool):
+            raise TypeError(f"check must be True or False, not {self.check!r}.")
+
+
+@dataclass
+class ActiveParameters:
+    """The parameters that move, and what their groups say about them.
+
+    Attributes:
+        tensors: Those that require gradients, in groups whose lr is not zero.
+        groups: The group of each.
+        layout: How they lie in θ.
+    """
+
+    tensors: list[Tensor]
+    groups: list[dict[str, Any]]
+    layout: ParameterLayout
+
+    def expand(self, key: str) -> Tensor:
+        """A group's number for each element of θ, shape ``(P,)``."""
+        return self.layout.expand([float(group[key]) for group in self.groups])
+
+
+class ClosureOptimizer(Optimizer):
+    """An optimizer that evaluates the objective behind a closure at parameters of its own choice."""
+
+    def __init__(self, params: Params, defaults: dict[str, Any], settings: ObjectiveSettings) -> None:
+        check_group({**defaults}, "")
+        self._settings = settings
+        self._forget()
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add parameters, which join the flow at the next step."""
+        super().add_param_group(param_group)
+        try:
+            group = self.param_groups[-1]
+            check_group(group, f"params group {len(self.param_groups) - 1}: ")
+            tensors = [p for g in self.param_groups for p in g["params"]]
+            check_parameters(tensors)
+            wide, given = working_dtype(tensors), self._settings.dtype
+            if given is not None and torch.promote_types(wide, given) != given:
+                raise ValueError(f"dtype={given} is narrower than the parameters' {wide}; leave it None.")
+            if len({bool(g["maximize"]) for g in self.param_groups}) > 1:
+                raise ValueError("maximize must be the same in all groups: one flow descends or ascends one objective.")
+        except Exception:
+            self.param_groups.pop()
+            raise
+
+    def _forget(self) -> None:
+        """What need not survive copying, pickling and loading."""
+        self._memory = ClosureMemory(check=self._settings.check)
+        self._counts = EvaluationCounts()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_settings": self._settings}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+        super().__setstate__(state)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As ``torch.optim.Optimizer.load_state_dict``, but floating-point state keeps its own type.
+
+        (The base class casts it to the parameters' type, which would round a float64 master copy.)
+        """
+        super().load_state_dict(state_dict)
+        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
+        tensors = [p for group in self.param_groups for p in group["params"]]
+        for number, parameter in zip(numbers, tensors, strict=True):
+            for key, value in state_dict["state"].get(number, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[parameter][key] = value.detach().clone().to(parameter.device)
+        self._forget()
+
+    @abstractmethod
+    def _initialise_state(self) -> None:
+        """Give every parameter the state entries that it will have after a step."""
+
+    def _active(self) -> ActiveParameters | None:
+        """The parameters that move, or None if none does."""
+        for i, group in enumerate(self.param_groups):
+            check_group(group, f"params group {i}: ")
+        pairs = [(p, g) for g in self.param_groups if float(g["lr"]) != 0.0 for p in g["params"] if p.requires_grad]
+        if not pairs:
+            return None
+        tensors = [p for p, _ in pairs]
+        return ActiveParameters(tensors, [g for _, g in pairs], ParameterLayout.of(tensors, self._working_dtype()))
+
+    def _working_dtype(self) -> torch.dtype:
+        return working_dtype([p for group in self.param_groups for p in group["params"]], self._settings.dtype)
+
+    def _without_motion(self, closure: Callable[[], Any] | None) -> Any:
+        """A step in which nothing moves: all lrs are zero, or all parameters frozen."""
+        self._initialise_state()
+        if closure is None:
+            return None
+        with torch.enable_grad():
+            return closure()
+
+    def _require_closure(self, closure: Callable[[], Any] | None) -> Callable[[], Any]:
+        if closure is None:
+            raise RuntimeError(NO_CLOSURE.format(name=type(self).__name__))
+        if not callable(closure):
+            raise TypeError(f"closure must be a function without arguments that returns the loss, not {closure!r}.")
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            n = torch.distributed.get_world_size()
+            if n > 1:
+                raise NotImplementedError(
+                    f"{type(self).__name__} was used in a group of {n} processes: their losses and gradients would have "
+                    "to be combined at every evaluation, which is not supported yet. Run it in one process."
+                )
+        return closure
+
+    @contextmanager
+    def _open(
+        self,
+        closure: Callable[[], Any],
+        active: ActiveParameters,
+        *,
+        theta: Tensor | None = None,
+        expected: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
+    ) -> Iterator[tuple[OpenedClosure, Accepted]]:
+        """The closure opened for one step; at the end, also after a failure, the parameters are the accepted θ."""
+        try:
+            opened = open_closure(
+                closure,
+                active.tensors,
+                active.layout,
+                self._memory,
+                self._counts,
+                engine=self._settings.engine,
+                theta=theta,
+                expected=expected,
+            )
+        except NoClosure:
+            raise RuntimeError(NO_CLOSURE.format(name=type(self).__name__)) from None
+        accepted = Accepted(opened.theta)
+        try:
+            yield opened, accepted
+        finally:
+            opened.finish(accepted.theta)
+            objective = opened.objective
+            self._memory.second_derivatives = getattr(objective, "second_derivatives", None)
+
+    def _penalties(self, active: ActiveParameters) -> Penalties | None:
+        """What is added to L, or None where the objective is L itself."""
+        weight_decay = active.expand("weight_decay")
+        decays = bool((weight_decay != 0).any())
+        maximize = bool(active.groups[0]["maximize"])
+        if not decays and not maximize and self._settings.max_norm is None:
+            return None
+        return Penalties(weight_decay if decays else None, self._settings.max_norm, -1.0 if maximize else 1.0)
+
+    def _known_theta(self, active: ActiveParameters) -> Tensor | None:
+        """The master copy of θ, where there is one and the parameters are still its rounded values."""
+        if all(dtype == active.layout.dtype for dtype in active.layout.dtypes):
+            return None
+        copies = [self.state[p].get("theta") for p in active.tensors]
+        if any(
+            copy is None or not torch.equal(copy.to(p.dtype), p) for copy, p in zip(copies, active.tensors, strict=True)
+        ):
+            return None
+        return active.layout.flatten(copies)
+
+    def _keep_master(self, active: ActiveParameters, theta: Tensor) -> None:
+        """Keep θ in its own type where the parameters are narrower."""
+        if any(dtype != active.layout.dtype for dtype in active.layout.dtypes):
+            for parameter, part in zip(active.tensors, active.layout.split(theta), strict=True):
+                self.state[parameter]["theta"] = part.clone()
+
+
+@dataclass
+class Accepted:
+    """The last accepted θ of a step in progress."""
+
+    theta: Tensor
+
+
+def check_group(group: Mapping[str, Any], where: str) -> None:
+    """Check the numbers of a parameter group.
+
+    Raises:
+        ValueError: For a negative or infinite lr or weight_decay.
+        TypeError: For something that is not a number.
+    """
+    for key in ("lr", "weight_decay"):
+        value = group[key]
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            raise TypeError(f"{where}{key} must be a number, not {value!r}.") from None
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{where}{key} must be a finite number >= 0, not {value!r}.")
+    if not isinstance(group["maximize"], bool):
+        raise TypeError(f"{where}maximize must be True or False, not {group['maximize']!r}.")

@@ -1,0 +1,124 @@
+"""NewtonPolish: the optimizer that takes parameters to a fixed point of the gradient flow, to the last digit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torch_gradflow.minimize.minimize import MinimizeRun, check_memory, check_settings
+from torch_gradflow.minimize.result import MinimizeReport, MinimizeResult
+from torch_gradflow.objectives.closure import Engine
+from torch_gradflow.objectives.regularized import Regularized
+from torch_gradflow.optim.closure_optimizer import ClosureOptimizer, ObjectiveSettings, Params
+
+
+class NewtonPolish(ClosureOptimizer):
+    """Minimises to a critical point with exact second derivatives; one ``step(closure)`` goes to the end.
+
+    Meant for the end of a flow or of a training run: from a point near a minimum it brings the gradient to round-off in a
+    few steps, never going uphill, and says with a certificate what kind of point was found. From far away it works too,
+    but a minimum it finds is then not the one to which the flow leads.
+
+    Args:
+        params: Parameters or parameter groups, as for any torch optimizer; dense, real, on one device.
+        lr: Only whether it is zero matters: ``lr=0`` freezes a group.
+        method: "auto" or "trust-region": exact trust-region Newton on dense Hessians from torch.func.
+        gtol: Done when ‖∇L‖ in the infinity norm is at most this. float64 resolves 1e-13 on well-scaled problems; float32
+            about 1e-5, and the status is then "rounding".
+        max_iter: Most trial steps; None for 300.
+        weight_decay: λ: adds λ/2 ‖θ‖² to L.
+        max_norm: c: adds the barrier (w − c)³/3 for w = ‖θ‖²/(2P) > c.
+        maximize: Maximise L instead. The penalties are minimised all the same.
+        dtype: ``torch.float64`` computes in float64 on a float32 model; parameters are rounded at the end.
+        engine: "auto", "replay" or "closure", see ``GradientFlow``.
+        check: Check the closure's contract on the first step, with two more calls of it.
+        certificate: Whether to classify the point (two more Hessians).
+        progress: True for a progress bar, or a function that is given a ``MinimizeReport`` per iteration.
+
+    Attributes:
+        result: The ``MinimizeResult`` of the last step, or None; ``result.certificate`` is a ``CriticalPoint``.
+
+    Raises:
+        ValueError, TypeError: For arguments that make no sense, naming them.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        lr: float = 1.0,
+        *,
+        method: str = "auto",
+        gtol: float = 1e-13,
+        max_iter: int | None = None,
+        weight_decay: float = 0.0,
+        max_norm: float | None = None,
+        maximize: bool = False,
+        dtype: torch.dtype | None = None,
+        engine: Engine = "auto",
+        check: bool = True,
+        certificate: bool = True,
+        progress: bool | Callable[[MinimizeReport], Any] | None = None,
+    ) -> None:
+        check_settings(method, gtol, max_iter)
+        self._run = {
+            "method": method,
+            "gtol": gtol,
+            "max_iter": max_iter,
+            "certificate": certificate,
+            "progress": progress,
+        }
+        defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        super().__init__(params, defaults, ObjectiveSettings(max_norm, dtype, engine, check))
+
+    def _forget(self) -> None:
+        super()._forget()
+        self.result: MinimizeResult | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_run": self._run}
+
+    @torch.compiler.disable
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Minimise to the end.
+
+        Args:
+            closure: Zeroes the gradients, computes the loss, calls ``backward`` and returns the loss.
+
+        Returns:
+            The loss at the end, as a 0-dimensional tensor (without the penalties' part, if any, it would not be what was
+            minimised: with weight decay or barrier it is the regularised loss). With all ``lr`` zero the closure is
+            called once, its loss returned, and nothing moves; then None is a legal closure too.
+
+        Raises:
+            RuntimeError: Without a closure.
+            ClosureError: If the closure breaks its contract.
+            DerivativeError: If its second derivatives cannot be had or confirmed.
+            MemoryError: If dense Hessians would not fit into memory; nothing was changed.
+            FloatingPointError: If loss or gradient are not finite at the start.
+            KeyboardInterrupt: After Ctrl-C; the parameters are the best point so far, and ``result`` is set.
+        """
+        active = self._active()
+        if active is None:
+            return self._without_motion(closure)
+        closure = self._require_closure(closure)
+        check_memory(active.layout.n_parameters, active.layout.dtype, active.layout.device)
+        with self._open(closure, active, theta=self._known_theta(active)) as (opened, accepted):
+            objective, start = opened.objective, (opened.loss, opened.gradient)
+            penalties = self._penalties(active)
+            if penalties is not None:
+                objective, start = Regularized(objective, penalties), penalties.add(opened.theta, *start)
+            run = MinimizeRun(objective, opened.theta, start=start, **self._run)
+            try:
+                run.run()
+            finally:
+                accepted.theta = run.last.theta
+                self.result = run.result()
+        self._keep_master(active, accepted.theta)
+        if run.status == "interrupted":
+            raise KeyboardInterrupt(run.message)
+        return run.last.loss
+
+    def _initialise_state(self) -> None:
+        """A polish carries nothing from step to step but the master copy, which its first step makes."""
