@@ -87,6 +87,11 @@ def advance(
             return Piece(Continuation(here, step_size, window), "t_end", n_accepted, n_rejected, None)
         # Running ahead failed somewhere: go as far as this piece needs.
         max_evals -= objective.counts.n_grad - spent
+
+    def visit(knot: Knot, _: float) -> bool:
+        on_accept(knot)
+        return False
+
     end = method.run(
         objective,
         state.here,
@@ -94,7 +99,7 @@ def advance(
         rtol=rtol,
         atol=atol,
         step_size=state.step_size,
-        visit=lambda knot, _: on_accept(knot) is not None,
+        visit=visit,
         max_evals=max(1.0, max_evals),
     )
     here = end.knot

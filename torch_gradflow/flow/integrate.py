@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -326,7 +327,7 @@ def _check_t_eval(t_eval: Sequence[float] | None, t0: float, t_end: float) -> li
     if t_eval is None:
         return None
     times = [float(t) for t in t_eval]
-    if not times or any(b <= a for a, b in zip(times, times[1:], strict=False)):
+    if not times or any(b <= a for a, b in pairwise(times)):
         raise ValueError("t_eval must hold at least one time, in ascending order without repetition.")
     if times[0] < t0 or times[-1] > t_end:
         raise ValueError(f"t_eval must lie between {t0:g} and {t_end:g}, not between {times[0]:g} and {times[-1]:g}.")

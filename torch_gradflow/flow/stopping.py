@@ -158,4 +158,3 @@ def begin_all(stop: StoppingRule | list[StoppingRule] | tuple[StoppingRule, ...]
         return answers[0] if answers else None
 
     return check
-

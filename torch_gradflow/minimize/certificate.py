@@ -27,8 +27,9 @@ class CriticalPoint:
         eigenvalues: Of the Hessian, ascending, shape ``(P,)``.
         newton_decrement: √(gᵀ H⁺ g) over the eigenvalues that are not zero: twice the square of it is about how far
             the loss lies above that of the critical point of the local quadratic model.
-        tolerance: Eigenvalues between −tolerance and tolerance count as zero: P ε ‖H‖ for rounding, plus the change of
-            the Hessian over the Newton step to the critical point, in the Frobenius norm.
+        uncertainties: How well each eigenvalue is known: P ε ‖H‖ for rounding, plus twice its change over the Newton
+            step to the critical point of the quadratic model. An eigenvalue within its uncertainty counts as zero.
+        tolerance: The largest uncertainty of those that count as zero; that of rounding where none does.
         gradient_tolerance: The larger of gtol and the change of the gradient when θ is rounded, 4 ε ‖H‖ ‖θ‖.
         message: The verdict as a sentence, with figures.
     """
@@ -36,19 +37,20 @@ class CriticalPoint:
     kind: Kind
     eigenvalues: Tensor
     newton_decrement: float
+    uncertainties: Tensor
     tolerance: float
     gradient_tolerance: float
     message: str
 
     @property
     def n_negative(self) -> int:
-        """Eigenvalues below −tolerance."""
-        return int((self.eigenvalues < -self.tolerance).sum())
+        """Eigenvalues that are certainly negative."""
+        return int((self.eigenvalues < -self.uncertainties).sum())
 
     @property
     def n_zero(self) -> int:
         """Eigenvalues that cannot be told from zero."""
-        return int((self.eigenvalues.abs() <= self.tolerance).sum())
+        return int((self.eigenvalues.abs() <= self.uncertainties).sum())
 
 
 def certify(objective: Objective, theta: Tensor, *, gtol: float = 1e-13) -> CriticalPoint:
@@ -80,24 +82,24 @@ def certify(objective: Objective, theta: Tensor, *, gtol: float = 1e-13) -> Crit
     decrement = float((components[resolved] ** 2 / values[resolved]).abs().sum().sqrt())
     limit = 0.1 * (1 + float(theta.norm()))
     step = step * min(1.0, limit / max(float(step.norm()), 1e-300))
-    variation = float((objective.hessian(theta + vectors @ step) - hessian).norm())
-    tolerance = rounding + variation
+    moved = torch.linalg.eigvalsh(objective.hessian(theta + vectors @ step))
+    uncertainties = rounding + 2 * (moved - values).abs()
+    null = values.abs() <= uncertainties
+    n_null, n_negative = int(null.sum()), int((values < -uncertainties).sum())
+    tolerance = float(uncertainties[null].max()) if n_null else rounding
     grad_norm = float(gradient.abs().max())
-    lowest = float(values[0])
 
     def verdict(kind: Kind, why: str) -> CriticalPoint:
         message = f"{kind[0].upper()}{kind[1:]}: {why}"
-        return CriticalPoint(kind, values, decrement, tolerance, gradient_tolerance, message)
+        return CriticalPoint(kind, values, decrement, uncertainties, tolerance, gradient_tolerance, message)
 
     if not grad_norm <= gradient_tolerance:
         return verdict("not critical", f"the gradient norm {grad_norm:.2e} is above {gradient_tolerance:.2e}.")
-    if lowest < -tolerance:
-        n = int((values < -tolerance).sum())
-        return verdict("saddle", f"{n} negative eigenvalues, the lowest {lowest:.3e} (resolved to {tolerance:.1e}).")
-    if lowest > tolerance:
-        return verdict("minimum", f"the lowest eigenvalue is {lowest:.3e} (resolved to {tolerance:.1e}).")
-    null = values.abs() <= tolerance
-    n_null = int(null.sum())
+    lowest = f"the lowest {float(values[0]):.3e} (known to {float(uncertainties[0]):.1e})"
+    if n_negative:
+        return verdict("saddle", f"{n_negative} negative eigenvalues, {lowest}.")
+    if not n_null:
+        return verdict("minimum", f"all eigenvalues are positive, {lowest}.")
     zeros = f"{n_null} of {len(values)} eigenvalues are zero to within {tolerance:.1e}"
     if not bool((~null).any()):
         vectors, null = torch.eye(len(values), dtype=theta.dtype, device=theta.device), torch.ones_like(null)

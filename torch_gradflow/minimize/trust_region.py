@@ -146,7 +146,7 @@ def solve_subproblem(values: Tensor, components: Tensor, radius: float) -> tuple
         shift = proposal if lower < proposal < upper else (0.5 * (lower + upper) if lower > 0.1 * upper else middle)
         if shift <= 0.0 or not math.isfinite(shift):
             shift = 1e-3 * upper
-    if float(step.norm()) > radius:
+    if float(step.norm()) > radius:  # type: ignore[possibly-undefined]  # the loop runs at least once
         step = step * (radius / float(step.norm()))
     return step, _reduction(values, components, step)
 

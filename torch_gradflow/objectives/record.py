@@ -36,8 +36,8 @@ _RANDOM = frozenset(
 # Functions that normalise with batch statistics, with the argument that says whether they do.
 _BATCH_STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 _BOOKKEEPING = frozenset({"requires_grad_", "retain_grad"})
-_GRAD_GETTER = torch.Tensor.grad.__get__
-_DATA_SETTER = torch.Tensor.data.__set__
+_GRAD_GETTER = torch.Tensor.grad.__get__  # type: ignore[union-attr]  # the stubs know not that it is a descriptor
+_DATA_SETTER = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,7 @@ class Program:
 
         def widen_call(call: Call) -> Call:
             function = torch.Tensor.double if call.function is torch.Tensor.float else call.function
-            return replace(
-                call, function=function, args=map_leaves(widen, call.args), kwargs=map_leaves(widen, call.kwargs)
-            )
+            return replace(call, function=function, args=map_leaves(widen, call.args), kwargs=map_leaves(widen, call.kwargs))
 
         calls = tuple(widen_call(call) for call in self.calls)
         losses = tuple(replace(loss, weight=widen(loss.weight)) for loss in self.losses)

@@ -209,9 +209,7 @@ class ClosureOptimizer(Optimizer):
         if all(dtype == active.layout.dtype for dtype in active.layout.dtypes):
             return None
         copies = [self.state[p].get("theta") for p in active.tensors]
-        if any(
-            copy is None or not torch.equal(copy.to(p.dtype), p) for copy, p in zip(copies, active.tensors, strict=True)
-        ):
+        if any(copy is None or not torch.equal(copy.to(p.dtype), p) for copy, p in zip(copies, active.tensors, strict=True)):
             return None
         return active.layout.flatten(copies)
 

@@ -149,7 +149,7 @@ class GradientFlow(ClosureOptimizer):
         """The flow time t that was reached, in units of the reference (first non-zero) ``lr``."""
         return float(self.param_groups[0]["flow_time"])
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Advance the flow by ``lr``.
 
@@ -288,18 +288,14 @@ class GradientFlow(ClosureOptimizer):
     def _problem(self, active: ActiveParameters) -> FlowProblem:
         reference = carried.reference_lr(self)
         rtol, atol, _ = tolerances(self._rtol, self._atol, active.layout.dtype)
-        return FlowProblem(
-            reference, (active.expand("lr") / reference).sqrt(), self._penalties(active), rtol, atol
-        )
+        return FlowProblem(reference, (active.expand("lr") / reference).sqrt(), self._penalties(active), rtol, atol)
 
     def _note_step(self, opened: OpenedClosure, piece: Piece) -> None:
         here = piece.state.here
         message = f"Reached the end of the step, t = {here.t:.6g}."
         if piece.end is not None and piece.end.status != "t_end":
             message = failure_message(piece.end)
-            warnings.warn(
-                f"The step ended before its time ({piece.end.status}). {message}", GradientFlowWarning, stacklevel=4
-            )
+            warnings.warn(f"The step ended before its time ({piece.end.status}). {message}", GradientFlowWarning, stacklevel=4)
         self._note(opened, piece.status, message, piece.state.step_size or 0.0)
         self.stats.loss, self.stats.grad_norm = float(here.loss), float(here.gradient.abs().max())
         self.stats.n_accepted += piece.n_accepted

@@ -27,7 +27,7 @@ class NewtonPolish(ClosureOptimizer):
         method: "auto" or "trust-region": exact trust-region Newton on dense Hessians from torch.func.
         gtol: Done when ‖∇L‖ in the infinity norm is at most this. float64 resolves 1e-13 on well-scaled problems; float32
             about 1e-5, and the status is then "rounding".
-        max_iter: Most trial steps; None for 300.
+        max_iter: Most trial steps; None for 2000.
         weight_decay: λ: adds λ/2 ‖θ‖² to L.
         max_norm: c: adds the barrier (w − c)³/3 for w = ‖θ‖²/(2P) > c.
         maximize: Maximise L instead. The penalties are minimised all the same.
@@ -62,7 +62,7 @@ class NewtonPolish(ClosureOptimizer):
         progress: bool | Callable[[MinimizeReport], Any] | None = None,
     ) -> None:
         check_settings(method, gtol, max_iter)
-        self._run = {
+        self._run: dict[str, Any] = {
             "method": method,
             "gtol": gtol,
             "max_iter": max_iter,
@@ -79,7 +79,7 @@ class NewtonPolish(ClosureOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": self._run}
 
-    @torch.compiler.disable
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Minimise to the end.
 
