@@ -42,9 +42,7 @@ def open_it(
 ) -> OpenedClosure:
     """``open_closure`` with everything that an optimizer would bring along."""
     memory = ClosureMemory(check=check) if memory is None else memory
-    return open_closure(
-        closure, parameters, ParameterLayout.of(parameters, dtype), memory, EvaluationCounts(), engine=engine
-    )
+    return open_closure(closure, parameters, ParameterLayout.of(parameters, dtype), memory, EvaluationCounts(), engine=engine)
 
 
 def vector(tensors: Sequence[Tensor | None], like: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

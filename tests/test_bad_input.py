@@ -256,7 +256,12 @@ def used() -> Iterator[tuple[nn.Sequential, GradientFlow, Callable[[], Tensor]]]
 Used = tuple[nn.Sequential, GradientFlow, Callable[[], Tensor]]
 LOSS = torch.zeros(())
 STEPS: list[tuple[str, Callable[[GradientFlow], Any], type[Exception], str]] = [
-    ("no closure", lambda o: o.step(), RuntimeError, r"GradientFlow\.step\(\) .*without a closure.*optimizer\.step\(closure\)"),
+    (
+        "no closure",
+        lambda o: o.step(),
+        RuntimeError,
+        r"GradientFlow\.step\(\) .*without a closure.*optimizer\.step\(closure\)",
+    ),
     ("closure=None", lambda o: o.step(closure=None), RuntimeError, r"without a closure.*closure=closure"),
     ("a loss", lambda o: o.step(LOSS), TypeError, r"closure must be a function.*tensor"),
     ("a number", lambda o: o.step(3), TypeError, r"closure must be a function.*3"),
@@ -268,9 +273,7 @@ STEPS: list[tuple[str, Callable[[GradientFlow], Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("call", "error", "text"), [row[1:] for row in STEPS], ids=[row[0] for row in STEPS])
-def test_closures_that_are_none(
-    used: Used, call: Callable[[GradientFlow], Any], error: type[Exception], text: str
-) -> None:
+def test_closures_that_are_none(used: Used, call: Callable[[GradientFlow], Any], error: type[Exception], text: str) -> None:
     """The error says what a closure is, and the flow stands as it stood."""
     raises(lambda: call(used[1]), error, text)
 
@@ -304,7 +307,7 @@ INTEGRATE: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"stop": "never"}, TypeError, r"\bstop must .*"),
     ({"max_evals": 0}, ValueError, r"\bmax_evals must .*0"),
     ({"max_evals": math.nan}, ValueError, r"\bmax_evals must .*nan"),
-    ({"max_evals": "few"}, TypeError, r"\bmax_evals must .*'few'"),
+    ({"max_evals": "few"}, ValueError, r"\bmax_evals must .*'few'"),
     ({"progress": 5}, TypeError, r"\bprogress must .*5"),
 ]
 
@@ -453,7 +456,7 @@ MODULES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("data", {"data": shuffling()}, ValueError, r"\bdata is a DataLoader that shuffles"),
     ("reduction", {"reduction": "max"}, ValueError, r"\breduction must .*'max'"),
     ("chunk_size", {"chunk_size": 0}, ValueError, r"\bchunk_size must .*0"),
-    ("chunk_size", {"chunk_size": 2.5}, TypeError, r"\bchunk_size must .*2\.5"),
+    ("chunk_size", {"chunk_size": 2.5}, ValueError, r"\bchunk_size must .*2\.5"),
     ("chunk_size", {"chunk_size": 4, "data": [(X, Y)]}, ValueError, r"\bchunk_size splits tensors"),
     ("dtype", {"dtype": torch.int64}, ValueError, r"\bdtype must .*torch\.int64"),
     ("dtype", {"dtype": "float64"}, ValueError, r"\bdtype must .*'float64'"),

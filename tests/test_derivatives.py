@@ -149,7 +149,9 @@ CASES = {
     ),
     "conv1d": Case(
         lambda: Problem(
-            nn.Sequential(nn.Conv1d(2, 3, 3), nn.Softplus(), nn.Flatten(), nn.Linear(12, 1)), normal(8, 2, 6), mse(normal(8, 1))
+            nn.Sequential(nn.Conv1d(2, 3, 3), nn.Softplus(), nn.Flatten(), nn.Linear(12, 1)),
+            normal(8, 2, 6),
+            mse(normal(8, 1)),
         )
     ),
     "conv2d": Case(
@@ -179,7 +181,7 @@ CASES = {
     ),
     "instance norm": Case(
         lambda: Problem(
-            nn.Sequential(nn.Conv1d(2, 3, 3), nn.InstanceNorm1d(3, affine=True), nn.Softplus(), nn.Flatten(), nn.Linear(12, 1)),
+            nn.Sequential(nn.Conv1d(2, 3, 3), nn.InstanceNorm1d(3, affine=True), nn.Tanh(), nn.Flatten(), nn.Linear(12, 1)),
             normal(8, 2, 6),
             mse(normal(8, 1)),
         )
@@ -342,22 +344,22 @@ def test_no_right_path_is_an_error_with_all_reasons(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_path_is_confirmed_anew_for_another_function(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What was right for the first closure of an optimizer need not be right for its next one."""
+    """What was right for a model in evaluation mode need not be right for the same model in training mode."""
     right = function._BY_PATH["torch.func"]
     x, y = normal(20, 4), torch.arange(20) % 3
-    model = mlp(nn.Tanh(), n_out=3).double()
+    model = mlp(nn.BatchNorm1d(5), nn.Tanh(), n_out=3).double().eval()
     parameters = trainable(model)
-    second = False
 
-    def wrong_for_the_second(term: Callable[[Tensor], Tensor], theta: Tensor, columns: Tensor) -> Tensor:
-        return (1.2 if second else 1.0) * right(term, theta, columns)
+    def wrong_in_training(term: Callable[[Tensor], Tensor], theta: Tensor, columns: Tensor) -> Tensor:
+        return (1.2 if model.training else 1.0) * right(term, theta, columns)
 
-    monkeypatch.setitem(function._BY_PATH, "torch.func", wrong_for_the_second)
+    monkeypatch.setitem(function._BY_PATH, "torch.func", wrong_in_training)
     optimizer = NewtonPolish(parameters, max_iter=1, certificate=False)
-    optimizer.step(closure_of(parameters, lambda: F.cross_entropy(model(x), y)))
+    closure = closure_of(parameters, lambda: F.cross_entropy(model(x), y))
+    optimizer.step(closure)
     assert optimizer._memory.second_derivatives == "torch.func"
-    second = True
-    optimizer.step(closure_of(parameters, lambda: F.cross_entropy(model(x).sin(), y)))
+    model.train()
+    optimizer.step(closure)
     assert optimizer._memory.second_derivatives == "batched double backward"
 
 

@@ -17,7 +17,6 @@ from torch_gradflow import GradientFlow, NewtonPolish
 from torch_gradflow.objectives.base import ClosureError
 
 lightning = pytest.importorskip("lightning")
-accelerate = pytest.importorskip("accelerate")
 
 LR, N_STEPS = 0.3, 5
 Optimizers = Callable[[nn.Module], torch.optim.Optimizer]
@@ -41,7 +40,9 @@ def plain_loop(**settings: Any) -> list[Tensor]:
 
 def same(found: list[Tensor], wanted: list[Tensor]) -> bool:
     """Equal trajectories, up to the order of sums."""
-    return len(found) == len(wanted) and all(torch.allclose(a, b, rtol=1e-11, atol=1e-13) for a, b in zip(found, wanted, strict=True))
+    return len(found) == len(wanted) and all(
+        torch.allclose(a, b, rtol=1e-11, atol=1e-13) for a, b in zip(found, wanted, strict=True)
+    )
 
 
 class Regression(lightning.LightningModule):
@@ -230,7 +231,9 @@ def test_lightning_manual_optimization_without_closure_is_refused() -> None:
     """Lightning then passes a function that does nothing; the error says what to write."""
     module = Manual(flow, passes=False)
     before = flat(module.net)
-    with pytest.raises(RuntimeError, match=r"GradientFlow\.step\(\).*without a closure[\s\S]*manual optimization.*closure=closure"):
+    with pytest.raises(
+        RuntimeError, match=r"GradientFlow\.step\(\).*without a closure[\s\S]*manual optimization.*closure=closure"
+    ):
         fit(module)
     assert torch.equal(flat(module.net), before)
 
@@ -304,14 +307,16 @@ def test_fabric_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def accelerator() -> Iterator[Any]:
-    """One on the CPU, and none of its global state afterwards."""
-    yield accelerate.Accelerator(cpu=True)
+def make_accelerator() -> Iterator[Callable[..., Any]]:
+    """Makes one on the CPU; none of its global state is left afterwards."""
+    accelerate = pytest.importorskip("accelerate")
+    yield lambda **settings: accelerate.Accelerator(cpu=True, **settings)
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def test_accelerate(accelerator: Any) -> None:
+def test_accelerate(make_accelerator: Callable[..., Any]) -> None:
     """``accelerator.backward`` in the closure; what step returns is dropped by Accelerate, ``stats.loss`` has it."""
+    accelerator = make_accelerator()
     model, x, y = problem()
     net, optimizer = accelerator.prepare(model, GradientFlow(model.parameters(), lr=LR))
     path = []
@@ -331,8 +336,9 @@ def test_accelerate(accelerator: Any) -> None:
     assert stats.loss == pytest.approx(nn.functional.mse_loss(net(x), y).item(), rel=1e-9)
 
 
-def test_accelerate_without_closure_is_refused(accelerator: Any) -> None:
+def test_accelerate_without_closure_is_refused(make_accelerator: Callable[..., Any]) -> None:
     """The usual loop of Accelerate, without a closure, is told what to write."""
+    accelerator = make_accelerator()
     model, x, y = problem()
     net, optimizer = accelerator.prepare(model, GradientFlow(model.parameters(), lr=LR))
     accelerator.backward(nn.functional.mse_loss(net(x), y))
@@ -340,25 +346,22 @@ def test_accelerate_without_closure_is_refused(accelerator: Any) -> None:
         optimizer.step()
 
 
-def test_accelerate_gradient_accumulation_is_refused() -> None:
+def test_accelerate_gradient_accumulation_is_refused(make_accelerator: Callable[..., Any]) -> None:
     """accelerator.backward divides the loss by the number of batches: not the loss that the closure returns."""
-    accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=2)
-    try:
-        model, x, y = problem()
-        before = flat(model)
-        net, optimizer = accelerator.prepare(model, GradientFlow(model.parameters(), lr=LR))
+    accelerator = make_accelerator(gradient_accumulation_steps=2)
+    model, x, y = problem()
+    before = flat(model)
+    net, optimizer = accelerator.prepare(model, GradientFlow(model.parameters(), lr=LR))
 
-        def closure() -> Tensor:
-            optimizer.zero_grad()
-            loss = nn.functional.mse_loss(net(x), y)
-            accelerator.backward(loss)
-            return loss
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(net(x), y)
+        accelerator.backward(loss)
+        return loss
 
-        with pytest.raises(ClosureError, match="divided for gradient accumulation"):
-            optimizer.step(closure)
-        assert torch.equal(flat(model), before)
-    finally:
-        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    with pytest.raises(ClosureError, match="divided for gradient accumulation"):
+        optimizer.step(closure)
+    assert torch.equal(flat(model), before)
 
 
 def test_torch_grad_scaler_is_refused() -> None:

@@ -222,6 +222,6 @@ def find_method(name: str) -> ExplicitMethod:
     """
     if name == "auto":
         return METHODS["dopri5"]
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, METHODS))}, not {name!r}.")
     return METHODS[name]

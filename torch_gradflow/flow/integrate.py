@@ -12,38 +12,40 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_gradflow.checks import check_count, check_number
 from torch_gradflow.flow.dense import HermiteWindow
 from torch_gradflow.flow.explicit import ExplicitMethod, RunEnd, find_method
-from torch_gradflow.flow.progress import Progress, as_progress
+from torch_gradflow.flow.progress import Progress, as_progress, check_progress
 from torch_gradflow.flow.solution import FlowReport, FlowSolution, Knot, Status
 from torch_gradflow.flow.stopping import StoppingRule, begin_all
-from torch_gradflow.objectives.base import Objective
+from torch_gradflow.objectives.base import Objective, check_start
 
 # Accepted points kept per decade of flow time where t_eval does not say otherwise.
 SAMPLES_PER_DECADE = 20
 
 
-def tolerances(rtol: float | None, atol: float | None, dtype: torch.dtype) -> tuple[float, float, str]:
+def tolerances(rtol: float | None, atol: float | None, resolution: float) -> tuple[float, float, str]:
     """Relative and absolute tolerance, and a warning or "".
 
     ``rtol=None`` is 1e-6 in float64 and 1e-4 in float32, ``atol=None`` is rtol/100. A local error far below the rounding
-    of a gradient cannot be seen, so rtol has a floor of 1e-13 in float64 and 1e-5 in float32.
+    of a gradient cannot be seen, so rtol has a floor of 1e-13 in float64, 1e-5 in float32, and 1e-2 below.
+
+    Args:
+        rtol: As the user gave it.
+        atol: As the user gave it.
+        resolution: Rounding unit of the gradients.
 
     Raises:
         ValueError: If one is negative, rtol is zero, or not a number.
     """
-    double = dtype == torch.float64
-    rtol_given = (1e-6 if double else 1e-4) if rtol is None else float(rtol)
-    if not 0 < rtol_given < 1:
-        raise ValueError(f"rtol must lie between 0 and 1, not {rtol!r}.")
-    floor = 1e-13 if double else 1e-5
+    floor = 1e-13 if resolution < 1e-12 else 1e-5 if resolution < 1e-6 else 1e-2
+    default = 1e-6 if resolution < 1e-12 else max(1e-4, floor)
+    rtol_given = default if rtol is None else check_number("rtol", rtol, above=0.0, below=1.0)
     used = max(rtol_given, floor)
-    atol_used = used / 100 if atol is None else float(atol)
-    if not 0 <= atol_used < math.inf:
-        raise ValueError(f"atol must be finite and not negative, not {atol!r}.")
+    atol_used = used / 100 if atol is None else check_number("atol", atol, least=0.0)
     warning = (
-        f"rtol={rtol_given:g} is below what {str(dtype).removeprefix('torch.')} gradients resolve; {floor:g} is used. "
-        "Pass dtype=torch.float64, or a float64 model, for tighter tolerances."
+        f"rtol={rtol_given:g} is below what gradients with a rounding unit of {resolution:.0e} resolve; {floor:g} is used. "
+        "Use a float64 model or dtype=torch.float64 for tighter tolerances."
         if used != rtol_given
         else ""
     )
@@ -132,17 +134,15 @@ class FlowRun:
         scale: Tensor | None = None,
     ) -> None:
         self._began = time.perf_counter()
+        check_start(objective, theta0)
+        check_arguments(t_span, t_eval, stop, max_evals, progress)
+        if step_size is not None:
+            check_number("step_size", step_size, above=0.0)
         self._t0, self._t_end = _check_span(t_span)
         self.method: ExplicitMethod = find_method(method)
-        self._rtol, self._atol, self.warning = tolerances(rtol, atol, objective.dtype)
+        self._rtol, self._atol, self.warning = tolerances(rtol, atol, objective.resolution)
         self._t_eval = _check_t_eval(t_eval, self._t0, self._t_end)
         self._stop_check = begin_all(stop)
-        if max_evals is not None and not max_evals > 0:
-            raise ValueError(f"max_evals must be positive or None, not {max_evals!r}.")
-        if step_size is not None and not 0 < step_size < math.inf:
-            raise ValueError(f"step_size must be positive and finite or None, not {step_size!r}.")
-        if theta0.shape != (objective.n_parameters,):
-            raise ValueError(f"theta0 must have the shape ({objective.n_parameters},), not {tuple(theta0.shape)}.")
         self._max_evals = math.inf if max_evals is None else max_evals
         self._step_size = step_size
         self._progress = as_progress(progress, self._t_end)
@@ -316,17 +316,45 @@ def failure_message(end: RunEnd) -> str:
     }[end.status]
 
 
+def check_arguments(
+    t_span: tuple[float, float],
+    t_eval: Sequence[float] | None,
+    stop: StoppingRule | list[StoppingRule] | tuple[StoppingRule, ...] | None,
+    max_evals: int | None,
+    progress: bool | Callable[[FlowReport], Any] | Progress | None,
+) -> None:
+    """Check what ``integrate`` is given, before anything is evaluated.
+
+    Raises:
+        TypeError, ValueError: Naming the argument.
+    """
+    t0, t_end = _check_span(t_span)
+    _check_t_eval(t_eval, t0, t_end)
+    begin_all(stop)
+    if max_evals is not None:
+        check_count("max_evals", max_evals)
+    if math.isinf(t_end) and not stop and max_evals is None:
+        raise ValueError(f"t_span={t_span!r} needs a stopping rule (stop=...) or max_evals, or the flow would never end.")
+    check_progress(progress)
+
+
 def _check_span(t_span: tuple[float, float]) -> tuple[float, float]:
-    t0, t_end = (float(t) for t in t_span)
-    if not math.isfinite(t0) or math.isnan(t_end) or t_end < t0:
-        raise ValueError(f"t_span must be (start, end) with a finite start and start <= end, not {t_span!r}.")
+    if not isinstance(t_span, tuple | list):
+        raise TypeError(f"t_span must be (start, end), not {t_span!r}.")
+    if len(t_span) != 2:
+        raise ValueError(f"t_span must be (start, end), not {t_span!r}.")
+    t0, t_end = check_number("t_span", t_span[0]), check_number("t_span", t_span[1], infinite=True)
+    if t_end < t0:
+        raise ValueError(f"t_span must be (start, end) with start <= end, not {t_span!r}.")
     return t0, t_end
 
 
 def _check_t_eval(t_eval: Sequence[float] | None, t0: float, t_end: float) -> list[float] | None:
     if t_eval is None:
         return None
-    times = [float(t) for t in t_eval]
+    if not hasattr(t_eval, "__iter__"):
+        raise TypeError(f"t_eval must be a sequence of times, not {t_eval!r}.")
+    times = [check_number("t_eval", t) for t in t_eval]
     if not times or any(b <= a for a, b in pairwise(times)):
         raise ValueError("t_eval must hold at least one time, in ascending order without repetition.")
     if times[0] < t0 or times[-1] > t_end:

@@ -93,12 +93,24 @@ def as_progress(progress: bool | Callable[[FlowReport], Any] | Progress | None, 
     Raises:
         TypeError: For anything else.
     """
+    check_progress(progress)
     if progress is None or progress is False:
         return NoProgress()
     if progress is True:
         return ProgressBar(t_end)
     if hasattr(progress, "update") and hasattr(progress, "close"):
         return progress
-    if callable(progress):
-        return CallbackProgress(progress)
-    raise TypeError(f"progress must be True, False, a function of a FlowReport, or have update and close; not {progress!r}.")
+    return CallbackProgress(progress)
+
+
+def check_progress(progress: object) -> None:
+    """Check what ``as_progress`` is given.
+
+    Raises:
+        TypeError: For anything that it does not know.
+    """
+    displays = hasattr(progress, "update") and hasattr(progress, "close")
+    if not (progress is None or isinstance(progress, bool) or displays or callable(progress)):
+        raise TypeError(
+            f"progress must be True, False, a function of a FlowReport, or have update and close; not {progress!r}."
+        )

@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch_gradflow.checks import check_count, check_number
 from torch_gradflow.flow.solution import FlowReport
 
 Check = Callable[[FlowReport], str | None]
@@ -23,11 +24,6 @@ class StoppingRule(ABC):
         """A check for one integration."""
 
 
-def _positive(name: str, value: float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive, not {value!r}.")
-
-
 @dataclass(frozen=True)
 class FlowTime(StoppingRule):
     """Stop at the first accepted point at or after flow time ``t``."""
@@ -35,7 +31,7 @@ class FlowTime(StoppingRule):
     t: float
 
     def __post_init__(self) -> None:
-        _positive("t", self.t)
+        check_number("t", self.t, above=0.0)
 
     def begin(self) -> Check:
         """See the class."""
@@ -49,7 +45,7 @@ class WallTime(StoppingRule):
     seconds: float
 
     def __post_init__(self) -> None:
-        _positive("seconds", self.seconds)
+        check_number("seconds", self.seconds, above=0.0)
 
     def begin(self) -> Check:
         """See the class."""
@@ -65,7 +61,7 @@ class Evaluations(StoppingRule):
     n_grad: int
 
     def __post_init__(self) -> None:
-        _positive("n_grad", self.n_grad)
+        check_count("n_grad", self.n_grad)
 
     def begin(self) -> Check:
         """See the class."""
@@ -84,7 +80,7 @@ class GradientNorm(StoppingRule):
     below: float
 
     def __post_init__(self) -> None:
-        _positive("below", self.below)
+        check_number("below", self.below, above=0.0)
 
     def begin(self) -> Check:
         """See the class."""
@@ -98,6 +94,9 @@ class LossValue(StoppingRule):
     """Stop when the loss is at most ``below``."""
 
     below: float
+
+    def __post_init__(self) -> None:
+        check_number("below", self.below)
 
     def begin(self) -> Check:
         """See the class."""
@@ -116,9 +115,8 @@ class LossPlateau(StoppingRule):
     factor: float = 10.0
 
     def __post_init__(self) -> None:
-        _positive("relative", self.relative)
-        if not self.factor > 1:
-            raise ValueError(f"factor must be larger than 1, not {self.factor!r}: it is a ratio of flow times.")
+        check_number("relative", self.relative, above=0.0)
+        check_number("factor", self.factor, above=1.0)
 
     def begin(self) -> Check:
         """See the class."""
@@ -147,7 +145,7 @@ def begin_all(stop: StoppingRule | list[StoppingRule] | tuple[StoppingRule, ...]
     Raises:
         TypeError: If ``stop`` is not a rule or a list of rules.
     """
-    rules = [] if stop is None else [stop] if isinstance(stop, StoppingRule) else list(stop)
+    rules = list(stop) if isinstance(stop, list | tuple) else [] if stop is None else [stop]
     for rule in rules:
         if not isinstance(rule, StoppingRule):
             raise TypeError(f"stop must be a stopping rule or a list of them, not {rule!r}; see torch_gradflow.stopping.")

@@ -71,7 +71,7 @@ def certify(objective: Objective, theta: Tensor, *, gtol: float = 1e-13) -> Crit
     """
     loss, gradient = objective.loss_and_gradient(theta)
     hessian = objective.hessian(theta)
-    eps = torch.finfo(objective.dtype).eps
+    eps = objective.resolution
     values, vectors = torch.linalg.eigh(hessian)
     size = float(values.abs().max())
     rounding = objective.n_parameters * eps * size
@@ -121,7 +121,7 @@ def _probe(
     null: Tensor,
 ) -> Literal["falls", "rises or stays", "unclear"]:
     """What the loss does along the null directions, each time at the valley floor."""
-    eps = torch.finfo(theta.dtype).eps
+    eps = objective.resolution
     flat, steep, curvature = vectors[:, null], vectors[:, ~null], values[~null]
     n = flat.shape[1]
     generator = torch.Generator().manual_seed(0)

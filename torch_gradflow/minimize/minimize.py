@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from torch_gradflow.checks import check_count, check_number
 from torch_gradflow.minimize.certificate import CriticalPoint, certify
 from torch_gradflow.minimize.result import MinimizeReport, MinimizeResult, MinimizeStatus
 from torch_gradflow.minimize.trust_region import Iterate, TrustRegionNewton
-from torch_gradflow.objectives.base import Objective
+from torch_gradflow.objectives.base import Objective, check_start
 
 METHODS = ("auto", "trust-region")
 # Narrow curved valleys took up to 2000 steps on small teacher-student networks; elsewhere 10 to 100 suffice.
@@ -84,11 +85,8 @@ class MinimizeRun:
         progress: bool | Callable[[MinimizeReport], Any] | None = None,
         start: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        check_settings(method, gtol, max_iter)
-        if theta0.shape != (objective.n_parameters,):
-            raise ValueError(f"theta0 must have the shape ({objective.n_parameters},), not {tuple(theta0.shape)}.")
-        if not (progress is None or isinstance(progress, bool) or callable(progress)):
-            raise TypeError(f"progress must be True, False or a function of a MinimizeReport, not {progress!r}.")
+        check_settings(method, gtol, max_iter, certificate, progress)
+        check_start(objective, theta0)
         check_memory(objective.n_parameters, objective.dtype, objective.device)
         self._objective, self._method = objective, TrustRegionNewton()
         self._gtol, self._max_iter = gtol, DEFAULT_MAX_ITER if max_iter is None else max_iter
@@ -98,6 +96,7 @@ class MinimizeRun:
         if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(gradient).all()):
             raise FloatingPointError(f"loss {float(loss)} or its gradient is not finite at theta0; start elsewhere.")
         self.last = Iterate(theta0.detach().clone(), loss, gradient, float("nan"), 0.0, False)
+        self._first_norm = float(theta0.norm())
         self.n_iter = 0
         self.status: MinimizeStatus = "interrupted"
         self.message = "Interrupted before the first step."
@@ -119,7 +118,7 @@ class MinimizeRun:
             raise
         finally:
             if bar is not None:
-                bar.set_postfix_str(f"{self.message}")
+                bar.set_postfix_str(f"{self._describe()}. {self.message}")
                 bar.close()
 
     def result(self) -> MinimizeResult:
@@ -169,43 +168,49 @@ class MinimizeRun:
 
     def _speed(self) -> str:
         window = self._norms[-min(21, len(self._norms)) :]
+        growth = float(self.last.theta.norm()) / max(self._first_norm, 1e-300)
+        grows = f"; the norm of the parameters grew {growth:.1f} times: a minimum may lie at infinity, and weight_decay "
+        grows = f"{grows}or max_norm would bound it" if growth > 2 else ""
         if window[-1] < 0.9 * window[0]:
             return (
                 f"it was still converging (from {window[0]:.2e} to {window[-1]:.2e} over the last {len(window) - 1} "
-                "iterations)"
+                f"iterations{grows})"
             )
-        return f"the gradient norm hardly fell (from {window[0]:.2e} over the last {len(window) - 1} iterations)"
+        return f"the gradient norm hardly fell (from {window[0]:.2e} over the last {len(window) - 1} iterations{grows})"
 
     def _show(self, bar: Any) -> None:
         report = MinimizeReport(
             self.n_iter, float(self.last.loss), self._grad_norm(), self.last.smallest_eigenvalue, self.last.radius
         )
         if bar is not None:
-            bar.set_postfix_str(
-                f"loss = {report.loss:.6e}, |grad| = {report.grad_norm:.2e}, "
-                f"lowest eigenvalue = {report.smallest_eigenvalue:.1e}",
-                refresh=False,
-            )
+            bar.set_postfix_str(self._describe(), refresh=False)
             bar.update(1)
         elif callable(self._progress):
             self._progress(report)
+
+    def _describe(self) -> str:
+        lowest = self.last.smallest_eigenvalue
+        return f"loss = {float(self.last.loss):.6e}, |grad| = {self._grad_norm():.2e}, lowest eigenvalue = {lowest:.1e}"
 
     def _grad_norm(self) -> float:
         return float(self.last.gradient.abs().max())
 
 
-def check_settings(method: str, gtol: float, max_iter: int | None) -> None:
+def check_settings(method: str, gtol: float, max_iter: int | None, certificate: bool, progress: object) -> None:
     """Check what ``minimize`` and ``NewtonPolish`` are given.
 
     Raises:
-        ValueError: Naming the argument.
+        ValueError, TypeError: Naming the argument.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}.")
-    if not 0 <= gtol < float("inf"):
-        raise ValueError(f"gtol must be a finite number >= 0, not {gtol!r}.")
-    if max_iter is not None and (not isinstance(max_iter, int) or max_iter < 1):
-        raise ValueError(f"max_iter must be a positive integer or None, not {max_iter!r}.")
+    check_number("gtol", gtol, least=0.0)
+    if max_iter is not None:
+        check_count("max_iter", max_iter)
+    if not isinstance(certificate, bool):
+        raise TypeError(f"certificate must be True or False, not {certificate!r}.")
+    if not (progress is None or isinstance(progress, bool) or callable(progress)):
+        raise TypeError(f"progress must be True, False or a function of a MinimizeReport, not {progress!r}.")
 
 
 def check_memory(n_parameters: int, dtype: torch.dtype, device: torch.device) -> None:

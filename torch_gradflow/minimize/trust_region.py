@@ -57,7 +57,7 @@ class TrustRegionNewton:
 
     def iterate(self, objective: Objective, theta: Tensor, loss: Tensor, gradient: Tensor) -> Iterator[Iterate]:
         """Yield one iterate per trial step, without end; the first costs one Hessian, each accepted step another."""
-        eps = torch.finfo(objective.dtype).eps
+        eps = objective.resolution
         radius = 0.1 * (1.0 + float(theta.norm()))
         largest = 1e3 * radius
         rejections = 0

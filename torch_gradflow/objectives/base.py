@@ -36,12 +36,14 @@ class Objective(ABC):
         n_parameters: P.
         dtype: The floating type in which θ travels and derivatives come back.
         device: Where θ lives.
+        resolution: The rounding unit of losses and gradients: that of the narrowest type in which they are computed.
         counts: Evaluations so far.
     """
 
     n_parameters: int
     dtype: torch.dtype
     device: torch.device
+    resolution: float
     counts: EvaluationCounts
 
     @abstractmethod
@@ -55,6 +57,25 @@ class Objective(ABC):
     @abstractmethod
     def hessian(self, theta: Tensor) -> Tensor:
         """The dense, symmetric H(θ) of shape ``(P, P)``."""
+
+
+def check_start(objective: Objective, theta0: Tensor) -> None:
+    """Check that ``theta0`` is a point of ``objective``.
+
+    Raises:
+        TypeError, ValueError: Naming the argument.
+    """
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objective must be an Objective, for instance a ModuleObjective, not {objective!r}.")
+    if not isinstance(theta0, Tensor):
+        raise TypeError(f"theta0 must be a tensor, not {theta0!r}.")
+    if theta0.shape != (objective.n_parameters,):
+        raise ValueError(f"theta0 must have the shape ({objective.n_parameters},), not {tuple(theta0.shape)}.")
+    if theta0.dtype != objective.dtype or theta0.device != objective.device:
+        raise TypeError(
+            f"theta0 must be of the objective's type and device, {objective.dtype} on {objective.device}, not "
+            f"{theta0.dtype} on {theta0.device}."
+        )
 
 
 class DerivativeError(RuntimeError):

@@ -56,13 +56,17 @@ class ClosureMemory:
         check: Whether the contract is to be checked on first use.
         checked: Whether it was.
         program: The last program whose replay was confirmed.
-        second_derivatives: The confirmed path to second derivatives of the replay.
+        confirmed: The structures of programs whose replay was the closure also at other parameters.
+        structure: The structure of the program that was replayed last.
+        second_derivatives: The confirmed path to second derivatives of programs of that structure.
         said: Warnings already given.
     """
 
     check: bool = True
     checked: bool = False
     program: Program | None = None
+    confirmed: set[tuple[Any, ...]] = field(default_factory=set)
+    structure: tuple[Any, ...] = ()
     second_derivatives: SecondDerivatives | None = None
     said: set[str] = field(default_factory=set)
 
@@ -159,18 +163,23 @@ def open_closure(
     _check_scale(loss, recorder, layout)
     unchanged = expected is not None and expected(loss, gradient, theta)
 
-    program, reason = (
-        (None, "engine='closure' was asked for") if engine == "closure" else _usable(recorder, returned, memory.check)
-    )
+    program, reason = (None, "engine='closure' was asked for") if engine == "closure" else _usable(recorder, returned, memory)
+    resolution = layout.resolution(recorder.autocast)
     replay: FunctionObjective | None = None
     if program is not None:
+        if program.structure() != memory.structure:
+            memory.structure, memory.second_derivatives = program.structure(), None
         known = memory.program is not None and unchanged and memory.program.same_function_as(program)
-        replay = replayed(program, layout, counts, memory.second_derivatives)
-        if not known:
-            reason = _compare_at_start(replay, theta, loss, gradient, entry, layout)
+        replay = replayed(program, layout, counts, resolution, memory.second_derivatives)
+        wide = any(dtype != layout.dtype for dtype in layout.dtypes)
+        if not known or wide:
+            reason, found = _compare_at_start(replay, theta, loss, gradient, entry, layout)
             if reason:
                 replay = None
-    once_more = ReevaluatedClosure(closure, parameters, layout, counts, random_state, recorder.written)
+            elif wide:
+                # The closure's own loss and gradient are those of narrower numbers, at the rounded θ.
+                loss, gradient = found
+    once_more = ReevaluatedClosure(closure, parameters, layout, counts, resolution, random_state, recorder.written)
     opened = OpenedClosure(
         replay if replay is not None else once_more,
         returned,
@@ -187,6 +196,8 @@ def open_closure(
     if memory.check and not memory.checked:
         try:
             _check_contract(opened, closure, once_more, replay, memory)
+            if opened.engine == "replay" and program is not None:
+                memory.confirmed.add(program.structure())
         finally:
             opened.finish(theta)
         memory.checked = True
@@ -203,12 +214,13 @@ def replayed(
     program: Program,
     layout: ParameterLayout,
     counts: EvaluationCounts,
+    resolution: float,
     second_derivatives: SecondDerivatives | None = None,
 ) -> FunctionObjective:
     """The program as an Objective; computed in ``layout.dtype`` where that is wider than the parameters' types."""
     wide = layout.dtype == torch.float64 and any(dtype != torch.float64 for dtype in layout.dtypes)
     if wide and torch.float64 not in layout.dtypes:
-        widened = program.in_float64()
+        widened, resolution = program.in_float64(), torch.finfo(torch.float64).eps
 
         def term(theta: Tensor) -> Tensor:
             return widened.evaluate(layout.split(theta))
@@ -224,6 +236,7 @@ def replayed(
         layout.device,
         counts=counts,
         second_derivatives=second_derivatives,
+        resolution=resolution,
     )
 
 
@@ -240,12 +253,14 @@ class ReevaluatedClosure(Objective):
         parameters: Sequence[Tensor],
         layout: ParameterLayout,
         counts: EvaluationCounts,
+        resolution: float,
         random_state: Mapping[str, Tensor],
         buffers: Sequence[Tensor],
     ) -> None:
         self.n_parameters = layout.n_parameters
         self.dtype = layout.dtype
         self.device = layout.device
+        self.resolution = resolution
         self.counts = counts
         self._closure = closure
         self._parameters = parameters
@@ -412,7 +427,7 @@ def _check_scale(loss: Tensor, recorder: Recorder, layout: ParameterLayout) -> N
     if recorder.loss is None or recorder.loss.numel() != 1:
         return
     used = recorder.loss.reshape(()).to(loss)
-    if not bool(torch.isclose(used, loss, rtol=1e3 * _eps(layout), atol=1e-30)):
+    if not bool(torch.isclose(used, loss, rtol=1e3 * layout.resolution(), atol=1e-30)):
         raise ClosureError(
             f"the closure returned the loss {float(loss):.8g} but called backward on {float(used):.8g}. The gradient in "
             ".grad must be that of the loss it returns: a loss scaled for mixed precision (GradScaler), divided for "
@@ -421,10 +436,14 @@ def _check_scale(loss: Tensor, recorder: Recorder, layout: ParameterLayout) -> N
         )
 
 
-def _usable(recorder: Recorder, returned: Any, check: bool) -> tuple[Program | None, str]:
+def _usable(recorder: Recorder, returned: Any, memory: ClosureMemory) -> tuple[Program | None, str]:
     program = recorder.program(returned)
-    if recorder.reads and not check:
-        return None, f"it reads numbers out of tensors ({', '.join(sorted(recorder.reads))}), and check=False"
+    reads = f"it reads numbers out of tensors ({', '.join(sorted(recorder.reads))})"
+    if recorder.reads and not memory.check:
+        return None, f"{reads}, and check=False"
+    # Such a record is right at the start of every step; whether elsewhere too, only the contract check has seen.
+    if recorder.reads and memory.checked and program is not None and program.structure() not in memory.confirmed:
+        return None, f"{reads}, and was not confirmed at other parameters"
     if program is None:
         return None, recorder.doubts[0] if recorder.doubts else "no call of Tensor.backward was seen"
     if recorder.doubts:
@@ -439,14 +458,16 @@ def _compare_at_start(
     gradient: Tensor,
     entry: Tensor | None,
     layout: ParameterLayout,
-) -> str:
-    """Why the replay is not the closure at the start, or ""."""
+) -> tuple[str, tuple[Tensor, Tensor]]:
+    """Why the replay is not the closure at the start, or ""; and what the replay gives there."""
+    wanted = (loss, gradient)
     try:
         found = replay.loss_and_gradient(theta)
     except Exception as error:  # a replay can fail in any way that user code can: that only means it is not used
-        return f"its record cannot be replayed ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
-    if agree(found, (loss, gradient), layout):
-        return ""
+        text = str(error).splitlines()[0] if str(error) else ""
+        return f"its record cannot be replayed ({type(error).__name__}: {text})", wanted
+    if agree(found, wanted, layout):
+        return "", found
     if entry is not None and agree((loss, found[1] + entry), (loss, gradient), layout) and bool((entry != 0).any()):
         raise ClosureError(
             "the closure does not zero the gradients: .grad after it is the sum of the gradient before it and its own. "
@@ -457,8 +478,8 @@ def _compare_at_start(
         return (
             "the gradient in .grad is not that of the recorded loss (a custom autograd Function such as a "
             "straight-through estimator, a hook on a gradient, or gradients changed after backward such as clipping)"
-        )
-    return "the replayed loss is not the closure's (data changed outside of torch, or a function that is not recorded)"
+        ), found
+    return "the replayed loss is not the closure's (data changed outside of torch, or a function that is not recorded)", found
 
 
 def _check_contract(
@@ -473,6 +494,12 @@ def _check_contract(
     buffers = again._buffers
     state = _random_state(layout.device)
     try:
+        generator = torch.Generator().manual_seed(0)
+        shift = torch.randn(layout.n_parameters, generator=generator, dtype=torch.float64).to(theta)
+        size = 1e-3 if layout.resolution() < 1e-12 else 1e-2
+        shift *= size * (theta.abs() + 0.1 * float(theta.abs().mean()) + 1e-3)
+        moved = again.call_at(theta + shift, fresh=False)
+        # The last call is the one at the start of the step: what it logs, and what Lightning keeps of it, belongs there.
         second = again.call_at(theta, fresh=True)
         if not agree((second[0], gradient), (loss, gradient), layout):
             raise ClosureError(
@@ -482,22 +509,18 @@ def _check_contract(
                 "pass: a step then follows the flow of the one draw of its first call.)"
             )
         if not agree(second, (loss, gradient), layout):
-            if agree((loss, second[1] - gradient), (loss, gradient), layout) or (
-                replay is not None and agree((loss, second[1] - gradient), replay.loss_and_gradient(theta), layout)
+            added = (loss, second[1] - moved[1])
+            if agree(added, (loss, gradient), layout) or (
+                replay is not None and agree(added, replay.loss_and_gradient(theta), layout)
             ):
                 raise ClosureError(
-                    "the closure does not zero the gradients: called twice with the same parameters, its gradient "
-                    "doubled. Call optimizer.zero_grad() inside the closure."
+                    "the closure does not zero the gradients: called again, it added to the gradient that was "
+                    "there. Call optimizer.zero_grad() inside the closure."
                 )
             raise ClosureError(
                 "the closure is stochastic: called twice with the same parameters it gave the same loss but another "
                 "gradient. Make the gradient a function of the parameters, or pass check=False."
             )
-        generator = torch.Generator().manual_seed(0)
-        shift = torch.randn(layout.n_parameters, generator=generator, dtype=torch.float64).to(theta)
-        size = 1e-3 if _eps(layout) < 1e-12 else 1e-2
-        shift *= size * (theta.abs() + 0.1 * float(theta.abs().mean()) + 1e-3)
-        moved = again.call_at(theta + shift, fresh=False)
         if replay is not None and not agree(replay.loss_and_gradient(theta + shift), moved, layout):
             opened.objective, opened.engine = again, "closure"
             opened.reason = (
@@ -506,7 +529,8 @@ def _check_contract(
             )
         rise = float(moved[0] - loss)
         predicted = float(0.5 * (gradient + moved[1]) @ shift)
-        allowed = 0.05 * float(gradient.norm() + moved[1].norm()) * float(shift.norm()) + 50 * _eps(layout) * abs(float(loss))
+        rounding = 50 * layout.resolution() * abs(float(loss))
+        allowed = 0.05 * float(gradient.norm() + moved[1].norm()) * float(shift.norm()) + rounding
         if abs(rise - predicted) > allowed:
             memory.warn_once(
                 f"what backward leaves in .grad is not the gradient of the loss: along a small step the loss changes by "
@@ -526,21 +550,17 @@ def _check_contract(
                 buffer.copy_(value)
 
 
-def _eps(layout: ParameterLayout) -> float:
-    """The rounding unit in which the closure computes: that of the parameters' least precise type."""
-    return max(torch.finfo(dtype).eps for dtype in layout.dtypes)
-
-
 def agree(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], layout: ParameterLayout) -> bool:
     """Equal loss and gradient up to what another order of summation can change."""
-    eps = _eps(layout)
+    eps = layout.resolution()
     # Half of the digits: 2e-9 in float64, 2e-4 in float32; 7e-2 in bfloat16, which has two.
     relative = max(4 * eps, eps**0.55)
     (loss, gradient), (wanted_loss, wanted_gradient) = found, wanted
     if not bool(torch.isclose(loss, wanted_loss, rtol=relative, atol=1e-30)):
         return False
     size = float(wanted_gradient.abs().max()) if wanted_gradient.numel() else 0.0
-    floor = 100 * eps * min(1.0, abs(float(wanted_loss)))
+    # A gradient sums residuals, whose size is that of the square root of the loss.
+    floor = 100 * eps * abs(float(wanted_loss)) ** 0.5
     return bool((gradient - wanted_gradient).abs().max() <= relative * size + floor)
 
 

@@ -36,6 +36,7 @@ class FunctionObjective(Objective):
         device: The device of θ.
         counts: Where evaluations are counted; a new object by default.
         second_derivatives: The path to use for second derivatives; None chooses and confirms one on first use.
+        resolution: The rounding unit of the functions where it is not that of ``dtype``.
     """
 
     def __init__(
@@ -47,7 +48,9 @@ class FunctionObjective(Objective):
         *,
         counts: EvaluationCounts | None = None,
         second_derivatives: SecondDerivatives | None = None,
+        resolution: float | None = None,
     ) -> None:
+        self.resolution = torch.finfo(dtype).eps if resolution is None else resolution
         self.n_parameters = n_parameters
         self.dtype = dtype
         self.device = device
@@ -154,7 +157,7 @@ def hvp_disagreement(objective: Objective, theta: Tensor, vector: Tensor, produc
     The unit vector v is scaled with θ and the step is reduced if the comparison fails, because a step that crosses a
     kink (of a ReLU) sees a jump that no Hessian holds.
     """
-    eps = torch.finfo(theta.dtype).eps
+    eps = objective.resolution
     scale = float(theta.norm()) + 1.0
     worst = 0.0
     for exponent in (1 / 3, 0.45, 0.6):

@@ -7,11 +7,12 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from torch_gradflow.checks import check_count
 from torch_gradflow.objectives.base import EvaluationCounts
 from torch_gradflow.objectives.function import FunctionObjective
 from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters
+from torch_gradflow.objectives.record import tensors_in
 
 Batch = tuple[Any, Any]
 LossFunction = Callable[[Any, Any], Tensor]
@@ -47,6 +48,12 @@ class ModuleObjective(FunctionObjective):
         chunk_size: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"model must be an nn.Module, not {model!r}.")
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be a function of prediction and target, not {loss_fn!r}.")
+        if dtype not in (None, torch.float32, torch.float64):
+            raise ValueError(f"dtype must be torch.float64, torch.float32 or None, not {dtype!r}.")
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise ValueError("model has no parameter that requires gradients; nothing can be differentiated.")
@@ -55,8 +62,11 @@ class ModuleObjective(FunctionObjective):
         self.reduction = _reduction(loss_fn, reduction)
         self._model, self._loss_fn = model, loss_fn
         self._names = tuple(named)
+        self._owners = _owners(model, named)
         self._chunks = _chunks(data, chunk_size)
         sizes = [_samples(x) for x, _ in self._chunks()]
+        if self.reduction == "mean" and len(sizes) > 1:
+            _check_mean(loss_fn, self._chunks())
         if not sizes or sum(sizes) == 0:
             raise ValueError("data holds no samples; give tensors (x, y) or an iterable of such pairs.")
         self._n_samples = sum(sizes)
@@ -81,8 +91,23 @@ class ModuleObjective(FunctionObjective):
             yield lambda theta, x=x, y=y, weight=weight: weight * self._loss(theta, x, y)  # type: ignore[misc]
 
     def _loss(self, theta: Tensor, x: Any, y: Any) -> Tensor:
-        values = dict(zip(self._names, self.layout.split_as_parameters(theta), strict=True))
-        return self._loss_fn(torch.func.functional_call(self._model, values, (x,)), y).to(self.dtype)
+        parts = dict(zip(self._names, self.layout.split_as_parameters(theta), strict=True))
+        values = {name: parts[known] for name, known in self._owners.items()}
+        return self._loss_fn(torch.func.functional_call(self._model, values, (x,), tie_weights=False), y).to(self.dtype)
+
+
+def _owners(model: nn.Module, named: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Every place in which a parameter stands, once per module, with the name that it has in ``named``.
+
+    (``functional_call`` ties weights itself, but leaves a module that is used under two names with plain tensors.)
+    """
+    known = {id(parameter): name for name, parameter in named.items()}
+    return {
+        f"{prefix}.{name}" if prefix else name: known[id(parameter)]
+        for prefix, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if id(parameter) in known
+    }
 
 
 def _reduction(loss_fn: LossFunction, given: str | None) -> str:
@@ -93,8 +118,10 @@ def _reduction(loss_fn: LossFunction, given: str | None) -> str:
 
 
 def _chunks(data: Any, chunk_size: int | None) -> Callable[[], Iterable[Batch]]:
-    if chunk_size is not None and chunk_size < 1:
-        raise ValueError(f"chunk_size must be positive, not {chunk_size}.")
+    if chunk_size is not None:
+        check_count("chunk_size", chunk_size)
+    if not isinstance(data, Iterable):
+        raise TypeError(f"data must be tensors (x, y) or an iterable of such pairs, not {data!r}.")
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor):
         x, y = data
         if len(x) != len(y):
@@ -103,14 +130,31 @@ def _chunks(data: Any, chunk_size: int | None) -> Callable[[], Iterable[Batch]]:
         return lambda: ((x[i : i + size], y[i : i + size]) for i in range(0, len(x), max(size, 1)))
     if chunk_size is not None:
         raise ValueError("chunk_size splits tensors; an iterable of batches brings its own chunks, so leave it None.")
-    if isinstance(data, DataLoader) and isinstance(data.sampler, torch.utils.data.RandomSampler):
-        raise ValueError(
-            "data is a DataLoader that shuffles: its batches differ at each evaluation. Use shuffle=False; all of its "
-            "batches are accumulated anyway."
-        )
     if iter(data) is data:
         raise TypeError("data is an iterator that can be read only once; give a list of batches or a DataLoader.")
+    if [_checksum(batch) for batch in data] != [_checksum(batch) for batch in data]:
+        raise ValueError(
+            "the batches of data differ at each evaluation: it shuffles or augments. Use shuffle=False and fixed data; all "
+            "batches are accumulated anyway."
+        )
     return lambda: data
+
+
+def _checksum(batch: Any) -> list[float]:
+    return [float(t.double().sum()) for t in tensors_in(batch)]
+
+
+def _check_mean(loss_fn: LossFunction, chunks: Iterable[Batch]) -> None:
+    """Refuse means over something else than samples, which do not add up over chunks."""
+    ignored = getattr(loss_fn, "ignore_index", None)
+    what = "a weight per class" if getattr(loss_fn, "weight", None) is not None else ""
+    if ignored is not None and any(bool((t == ignored).any()) for _, y in chunks for t in tensors_in(y)):
+        what = f"ignore_index={ignored}"
+    if what:
+        raise ValueError(
+            f"loss_fn averages with {what}, so that the mean over all data is not that of the chunks' means. Give the data "
+            "as one chunk, or a loss_fn with reduction='sum'."
+        )
 
 
 def _samples(x: Any) -> int:

@@ -48,6 +48,11 @@ class ParameterLayout:
         """P, the length of θ."""
         return sum(shape.numel() for shape in self.shapes)
 
+    def resolution(self, autocast: torch.dtype | None = None) -> float:
+        """The rounding unit in which the model computes: that of its narrowest type, or that to which autocast casts."""
+        dtypes = self.dtypes if autocast is None else (*self.dtypes, autocast)
+        return max(torch.finfo(dtype).eps for dtype in dtypes)
+
     def flatten(self, tensors: Sequence[Tensor | None]) -> Tensor:
         """One new vector of shape ``(P,)`` from tensors of the parameters' shapes; None stands for zeros."""
         parts = [

@@ -51,6 +51,9 @@ class Slot:
 class Call:
     """One recorded call, with the global modes under which it ran.
 
+    A call whose ``obstacle`` is not "" cannot be replayed, for the reason that it gives; it stands for a value that the
+    loss must not need.
+
     ``args`` and ``kwargs`` hold slots, constant tensors and plain values; ``outputs`` names the tensors of the result in
     the order of ``tensors_in``; ``autocast`` is the type to which autocast casts, or None where it is off.
     """
@@ -62,6 +65,7 @@ class Call:
     grad_enabled: bool
     autocast: torch.dtype | None
     in_place: bool
+    obstacle: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,14 @@ class Program:
         return all(_same(a, b) for a, b in zip(self.calls, other.calls, strict=True))
 
     def structure(self) -> tuple[Any, ...]:
-        """The names of the called functions and how values flow between them, without constants."""
-        return tuple((getattr(c.function, "__name__", ""), c.outputs, c.grad_enabled, c.autocast) for c in self.calls)
+        """The names of the called functions, their flags, and how values flow between them; without numbers and data."""
+
+        def flags(call: Call) -> tuple[Any, ...]:
+            return tuple(leaf for leaf in leaves_in((call.args, call.kwargs)) if isinstance(leaf, bool | Slot))
+
+        return tuple(
+            (getattr(c.function, "__name__", ""), flags(c), c.outputs, c.grad_enabled, c.autocast) for c in self.calls
+        )
 
     def in_float64(self) -> Program:
         """The same calls with floating-point constants and explicit type arguments in float64.
@@ -161,28 +171,29 @@ class Recorder(TorchFunctionMode):
     """Records, while entered, what is computed from ``parameters``.
 
     Attributes:
-        doubts: Reasons, in words, why the record may not be the function it looks like.
-        reads: Names of functions that read numbers out of tensors that depend on the parameters.
         written: Tensors that existed before and were written to in place (BatchNorm's statistics, counters).
         n_backward: Calls of ``Tensor.backward``.
         loss: The sum of what ``backward`` was called on, or None.
+        autocast: The type to which autocast cast, or None where it was off.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
-        self.doubts: list[str] = []
-        self.reads: set[str] = set()
         self.written: list[Tensor] = []
         self.n_backward = 0
         self.loss: Tensor | None = None
+        self.autocast: torch.dtype | None = None
         self._parameters = parameters
         self._device_type = parameters[0].device.type
         self._names: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._calls: list[Call] = []
         self._losses: list[RecordedLoss] = []
         self._constants: dict[int, tuple[Tensor, int]] = {}
+        # What was noticed, with the number of calls before it: after the last backward it does not matter.
+        self._doubts: list[tuple[int, str]] = []
+        self._reads: list[tuple[int, str]] = []
         self._n_slots = 0
-        self._n_calls_before_last_backward = 0
+        self._n_calls = 0
         for parameter in parameters:
             self._name(parameter, self._new_slot())
 
@@ -200,10 +211,27 @@ class Recorder(TorchFunctionMode):
         self._n_slots += 1
         return self._n_slots - 1
 
-    def _doubt(self, reason: str) -> None:
-        if reason not in self.doubts:
-            self.doubts.append(reason)
+    def _doubt_now(self, reason: str) -> None:
+        self._doubts.append((0, reason))
 
+    @property
+    def doubts(self) -> list[str]:
+        """Reasons, in words, why the record may not be the function it looks like."""
+        return list(dict.fromkeys(reason for n, reason in self._doubts if n <= self._n_relevant))
+
+    @property
+    def reads(self) -> list[str]:
+        """Names of functions that read numbers out of tensors on the way to the loss."""
+        return sorted({name for n, name in self._reads if n <= self._n_relevant})
+
+    @property
+    def _n_relevant(self) -> int:
+        return self._n_calls if self.n_backward else len(self._calls)
+
+    def _doubt(self, reason: str) -> None:
+        self._doubts.append((len(self._calls), reason))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -231,7 +259,7 @@ class Recorder(TorchFunctionMode):
             self._doubt("backward was called on a tensor that was not computed from the parameters by torch functions")
             return
         self._losses.append(RecordedLoss(slot, None if gradient is None else gradient.detach().clone()))
-        self._n_calls_before_last_backward = len(self._calls)
+        self._n_calls = len(self._calls)
 
     def _record(
         self,
@@ -264,10 +292,11 @@ class Recorder(TorchFunctionMode):
         if name in _DECISIONS:
             self._doubt(f"it decides by the value of a tensor ({name})")
         if name in _READS:
-            self.reads.add(name)
+            self._reads.append((len(self._calls), name))
         if not results and not written:
             return
-        self._note_writes(written)
+        if any(slot is not None and 0 <= slot < len(self._parameters) for _, slot in written):
+            self._doubt("it writes to a parameter in place")
         if name in _RANDOM and _draws(name, args, kwargs, results):
             self._doubt(f"it draws random numbers ({name})")
         if any(t.is_inference() for t in results):
@@ -286,7 +315,9 @@ class Recorder(TorchFunctionMode):
         outputs = tuple(self._new_slot() for _ in results)
         for tensor, slot in zip(results, outputs, strict=True):
             self._name(tensor, slot)
-        autocast = torch.is_autocast_enabled(self._device_type)
+        autocast = None
+        if torch.is_autocast_enabled(self._device_type):
+            autocast = self.autocast = torch.get_autocast_dtype(self._device_type)
         self._calls.append(
             Call(
                 function=func,
@@ -294,23 +325,26 @@ class Recorder(TorchFunctionMode):
                 kwargs=recorded_kwargs,
                 outputs=outputs,
                 grad_enabled=torch.is_grad_enabled(),
-                autocast=torch.get_autocast_dtype(self._device_type) if autocast else None,
+                autocast=autocast,
                 in_place=bool(written),
             )
         )
+        # A value that is written to keeps its slot (the replay writes to it too), unless nothing replays that value.
+        for tensor, written_slot in written:
+            if written_slot is None or written_slot < 0:
+                self._spoil(tensor)
 
     def _note_outside_writes(self, written: Iterable[tuple[Tensor, int | None]]) -> None:
         for tensor, slot in written:
             if slot is None and all(tensor is not known for known in self.written):
                 self.written.append(tensor)
 
-    def _note_writes(self, written: list[tuple[Tensor, int | None]]) -> None:
-        # A value that is written to keeps its slot: the replay writes to it too, in the same order.
-        for _, slot in written:
-            if slot is None or slot < 0:
-                self._doubt("it writes values that depend on the parameters into a tensor that was made without them")
-            elif slot < len(self._parameters):
-                self._doubt("it writes to a parameter in place")
+    def _spoil(self, tensor: Tensor) -> None:
+        """From now on ``tensor``, made without the parameters, holds a value that cannot be replayed."""
+        obstacle = "it writes values that depend on the parameters into a tensor that was made without them"
+        slot = self._new_slot()
+        self._name(tensor, slot)
+        self._calls.append(Call(torch.Tensor.copy_, (), {}, (slot,), True, None, False, obstacle))
 
     def program(self, returned: Any = None) -> Program | None:
         """What was recorded, pruned to what L needs; None where no loss was seen.
@@ -318,14 +352,19 @@ class Recorder(TorchFunctionMode):
         Where ``backward`` was called by other means than ``Tensor.backward`` (``torch.autograd.backward``), the
         tensor that the closure ``returned`` is taken as the loss; a comparison with ``.grad`` has to confirm it.
         """
-        losses, calls = self._losses, self._calls[: self._n_calls_before_last_backward]
+        losses, calls = self._losses, self._calls[: self._n_calls]
         if self.n_backward == 0 and isinstance(returned, Tensor) and returned.numel() == 1:
             slot = self._slot(returned)
             if slot is not None and slot >= 0:
                 losses, calls = [RecordedLoss(slot, None)], self._calls
         if not losses:
             return None
-        calls = _prune(calls, losses)
+        needed = _needed(calls, losses)
+        for call in needed:
+            if call.obstacle:
+                self._doubt_now(call.obstacle)
+        # Where a call writes in place, aliases may hide what is needed: then nothing is left out.
+        calls = [call for call in calls if not call.obstacle] if any(call.in_place for call in calls) else needed
         used = {id(t) for call in calls for t in tensors_in((call.args, call.kwargs))}
         constants = tuple(entry for key, entry in self._constants.items() if key in used)
         program = Program(
@@ -337,14 +376,12 @@ class Recorder(TorchFunctionMode):
             device_type=self._device_type,
         )
         if program.changed_constants():
-            self._doubt("a tensor that it uses was written to in place afterwards")
+            self._doubt_now("a tensor that it uses was written to in place afterwards")
         return program
 
 
-def _prune(calls: Sequence[Call], losses: Sequence[RecordedLoss]) -> list[Call]:
-    """The calls from which the losses are computed; all of them if any writes in place, where aliases hide needs."""
-    if any(call.in_place for call in calls):
-        return list(calls)
+def _needed(calls: Sequence[Call], losses: Sequence[RecordedLoss]) -> list[Call]:
+    """The calls from whose results the losses are computed."""
     needed = {loss.slot for loss in losses}
     kept = []
     for call in reversed(calls):

@@ -68,6 +68,7 @@ class Regularized(Objective):
         self.n_parameters = base.n_parameters
         self.dtype = base.dtype
         self.device = base.device
+        self.resolution = base.resolution
         self.counts: EvaluationCounts = base.counts
         self._base = base
         self._penalties = penalties
@@ -103,6 +104,7 @@ class Rescaled(Objective):
         self.n_parameters = base.n_parameters
         self.dtype = base.dtype
         self.device = base.device
+        self.resolution = base.resolution
         self.counts: EvaluationCounts = base.counts
         self._base = base
         self._root = inverse_time_constants.sqrt()

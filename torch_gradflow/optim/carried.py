@@ -43,10 +43,10 @@ class Carried:
     state: Continuation
     seen: int
 
-    def continues(self, theta: Tensor) -> bool:
-        """Whether the parameters are still where the flow left them."""
+    def continues(self, theta: Tensor, scale: Tensor) -> bool:
+        """Whether the parameters are still where the flow left them; θ = ``scale`` φ."""
         window = self.state.window
-        return window is None or torch.equal(window(self.state.here.t), theta)
+        return window is None or torch.equal(window(self.state.here.t) * scale, theta)
 
 
 def reference_lr(optimizer: Optimizer) -> float:

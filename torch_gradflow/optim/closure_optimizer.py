@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from torch_gradflow.checks import check_number
 from torch_gradflow.objectives.base import EvaluationCounts
 from torch_gradflow.objectives.closure import ClosureMemory, Engine, NoClosure, OpenedClosure, open_closure
 from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters, working_dtype
@@ -42,8 +42,8 @@ class ObjectiveSettings:
     check: bool
 
     def __post_init__(self) -> None:
-        if self.max_norm is not None and not 0 <= self.max_norm < math.inf:
-            raise ValueError(f"max_norm must be a number >= 0 or None, not {self.max_norm!r}.")
+        if self.max_norm is not None:
+            check_number("max_norm", self.max_norm, least=0.0)
         if self.dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float64, torch.float32 or None, not {self.dtype!r}.")
         if self.engine not in ("auto", "replay", "closure"):
@@ -116,13 +116,36 @@ class ClosureOptimizer(Optimizer):
 
         (The base class casts it to the parameters' type, which would round a float64 master copy.)
         """
-        super().load_state_dict(state_dict)
-        numbers = [i for group in state_dict["param_groups"] for i in group["params"]]
-        tensors = [p for group in self.param_groups for p in group["params"]]
-        for number, parameter in zip(numbers, tensors, strict=True):
-            for key, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[parameter][key] = value.detach().clone().to(parameter.device)
+        given = state_dict
+
+        def look(_: Optimizer, changed: dict[str, Any]) -> None:  # after all other hooks before loading
+            nonlocal given
+            given = changed
+            known, own = given["param_groups"], self.param_groups[0]
+            missing = [key for group in known for key in own if key not in group and key not in ("params", "param_names")]
+            if missing:
+                raise ValueError(
+                    f"state_dict is not one of {type(self).__name__}: its groups have no {', '.join(map(repr, missing))}. "
+                    "Load the model's state_dict only, and start the optimizer anew."
+                )
+
+        def uncast(_: Optimizer) -> None:  # before all other hooks after loading
+            numbers = [i for group in given["param_groups"] for i in group["params"]]
+            tensors = [p for group in self.param_groups for p in group["params"]]
+            for number, parameter in zip(numbers, tensors, strict=True):
+                for key, value in given["state"].get(number, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[parameter][key] = value.detach().clone().to(parameter.device)
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(look),
+            self.register_load_state_dict_post_hook(uncast, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
         self._forget()
 
     @abstractmethod
@@ -235,12 +258,6 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
         TypeError: For something that is not a number.
     """
     for key in ("lr", "weight_decay"):
-        value = group[key]
-        try:
-            number = float(value)
-        except (TypeError, ValueError):
-            raise TypeError(f"{where}{key} must be a number, not {value!r}.") from None
-        if not 0 <= number < math.inf:
-            raise ValueError(f"{where}{key} must be a finite number >= 0, not {value!r}.")
+        check_number(f"{where}{key}", group[key], least=0.0)
     if not isinstance(group["maximize"], bool):
         raise TypeError(f"{where}maximize must be True or False, not {group['maximize']!r}.")

@@ -12,9 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_gradflow.checks import check_count, check_number
 from torch_gradflow.flow.continuation import Continuation, Piece, advance
 from torch_gradflow.flow.explicit import ExplicitMethod, find_method
-from torch_gradflow.flow.integrate import FlowRun, failure_message, tolerances
+from torch_gradflow.flow.integrate import FlowRun, check_arguments, failure_message, tolerances
 from torch_gradflow.flow.progress import Progress
 from torch_gradflow.flow.solution import FlowReport, FlowSolution, Knot
 from torch_gradflow.flow.stopping import StoppingRule
@@ -118,14 +119,13 @@ class GradientFlow(ClosureOptimizer):
         max_evals: int = 10_000,
     ) -> None:
         self._method: ExplicitMethod = find_method(method)
-        if not isinstance(max_evals, int) or max_evals < 1:
-            raise ValueError(f"max_evals must be a positive integer, not {max_evals!r}.")
+        check_count("max_evals", max_evals)
         self._rtol, self._atol, self._max_evals = rtol, atol, max_evals
         # The flow's own numbers stand in the groups, where state_dict and checkpoints keep them.
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, **carried.DEFAULTS}
         super().__init__(params, defaults, ObjectiveSettings(max_norm, dtype, engine, check))
         narrow = working_dtype([p for g in self.param_groups for p in g["params"]], dtype)
-        *_, warning = tolerances(rtol, atol, narrow)
+        *_, warning = tolerances(rtol, atol, torch.finfo(narrow).eps)
         if warning:
             warnings.warn(warning, GradientFlowWarning, stacklevel=2)
 
@@ -173,7 +173,7 @@ class GradientFlow(ClosureOptimizer):
         known = carried.read(self, active, self._method.n_knots)
 
         def is_expected(loss: Tensor, gradient: Tensor, theta: Tensor) -> bool:
-            if known is None or not known.continues(theta / problem.scale):
+            if known is None or not known.continues(theta, problem.scale):
                 return False
             found = problem.dress(loss, gradient, theta)
             return agree(found, (known.state.here.loss, known.state.here.gradient), active.layout)
@@ -181,6 +181,7 @@ class GradientFlow(ClosureOptimizer):
         t = self.flow_time
         with self._open(closure, active, theta=self._known_theta(active), expected=is_expected) as (opened, accepted):
             objective, start = problem.field(opened, t)
+            rtol, atol, _ = tolerances(self._rtol, self._atol, objective.resolution)
             if known is not None and opened.unchanged:
                 state, seen = replace(known.state, here=start), known.seen + 1
             else:
@@ -196,8 +197,8 @@ class GradientFlow(ClosureOptimizer):
                     objective,
                     state,
                     problem.reference,
-                    rtol=problem.rtol,
-                    atol=problem.atol,
+                    rtol=rtol,
+                    atol=atol,
                     ahead=seen > 0,
                     max_evals=self._max_evals,
                     on_accept=on_accept,
@@ -209,7 +210,7 @@ class GradientFlow(ClosureOptimizer):
         self._initialise_state()
         carried.write(self, active, piece.state, seen)
         self._keep_master(active, accepted.theta)
-        self._note_step(opened, piece)
+        self._note_step(opened, piece, problem)
         return opened.loss if opened.returned is None else opened.returned
 
     def integrate(
@@ -245,10 +246,10 @@ class GradientFlow(ClosureOptimizer):
         if active is None:
             raise ValueError("integrate has nothing to move: all lr are 0, or no parameter requires gradients.")
         closure = self._require_closure(closure)
-        if not t_end > 0:
-            raise ValueError(f"t_end must be positive, not {t_end!r}.")
-        if math.isinf(t_end) and stop is None and max_evals is None:
+        t_end = check_number("t_end", t_end, above=0.0, infinite=True)
+        if math.isinf(t_end) and not stop and max_evals is None:
             raise ValueError("t_end=inf needs a stopping rule (stop=...) or max_evals, or the flow would never end.")
+        check_arguments((0.0, t_end), t_eval, stop, max_evals, progress)
         problem = self._problem(active)
         t = self.flow_time
         with self._open(closure, active, theta=self._known_theta(active)) as (opened, accepted):
@@ -258,8 +259,8 @@ class GradientFlow(ClosureOptimizer):
                 start.theta,
                 (0.0, t_end),
                 method=self._method.name,
-                rtol=problem.rtol,
-                atol=problem.atol,
+                rtol=self._rtol,
+                atol=self._atol,
                 t_eval=t_eval,
                 stop=stop,
                 max_evals=max_evals,
@@ -271,13 +272,14 @@ class GradientFlow(ClosureOptimizer):
             try:
                 run.run()
             finally:
-                self.solution = run.solution()
+                found = run.solution()
+                self.solution = replace(found, loss=problem.sign * found.loss)
                 accepted.theta = run.last.theta * problem.scale
                 carried.forget(self, t + run.last.t, self.solution.step_size)
         self._initialise_state()
         self._keep_master(active, accepted.theta)
         self._note(opened, self.solution.status, self.solution.message, self.solution.step_size)
-        self.stats.loss, self.stats.grad_norm = float(run.last.loss), float(self.solution.grad_norm[-1])
+        self.stats.loss, self.stats.grad_norm = problem.sign * float(run.last.loss), float(self.solution.grad_norm[-1])
         self.stats.n_accepted += self.solution.n_accepted
         self.stats.n_rejected += self.solution.n_rejected
         return self.solution
@@ -287,17 +289,17 @@ class GradientFlow(ClosureOptimizer):
 
     def _problem(self, active: ActiveParameters) -> FlowProblem:
         reference = carried.reference_lr(self)
-        rtol, atol, _ = tolerances(self._rtol, self._atol, active.layout.dtype)
-        return FlowProblem(reference, (active.expand("lr") / reference).sqrt(), self._penalties(active), rtol, atol)
+        return FlowProblem(reference, (active.expand("lr") / reference).sqrt(), self._penalties(active))
 
-    def _note_step(self, opened: OpenedClosure, piece: Piece) -> None:
+    def _note_step(self, opened: OpenedClosure, piece: Piece, problem: FlowProblem) -> None:
         here = piece.state.here
         message = f"Reached the end of the step, t = {here.t:.6g}."
         if piece.end is not None and piece.end.status != "t_end":
             message = failure_message(piece.end)
             warnings.warn(f"The step ended before its time ({piece.end.status}). {message}", GradientFlowWarning, stacklevel=4)
         self._note(opened, piece.status, message, piece.state.step_size or 0.0)
-        self.stats.loss, self.stats.grad_norm = float(here.loss), float(here.gradient.abs().max())
+        self.stats.loss = problem.sign * float(here.loss)
+        self.stats.grad_norm = float((here.gradient / problem.scale).abs().max())
         self.stats.n_accepted += piece.n_accepted
         self.stats.n_rejected += piece.n_rejected
 
@@ -326,15 +328,16 @@ class FlowProblem:
         reference: The reference lr, the unit of flow time.
         scale: √d for the inverse time constants d = lr / reference, shape ``(P,)``.
         penalties: What is added to L, or None.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
     """
 
     reference: float
     scale: Tensor
     penalties: Penalties | None
-    rtol: float
-    atol: float
+
+    @property
+    def sign(self) -> float:
+        """−1 where L is maximised: F is minimised, −F is what users see."""
+        return 1.0 if self.penalties is None else self.penalties.sign
 
     def dress(self, loss: Tensor, gradient: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         """F and ∇F with respect to φ, from L and ∇L at θ."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ class NewtonPolish(ClosureOptimizer):
         certificate: bool = True,
         progress: bool | Callable[[MinimizeReport], Any] | None = None,
     ) -> None:
-        check_settings(method, gtol, max_iter)
+        check_settings(method, gtol, max_iter, certificate, progress)
         self._run: dict[str, Any] = {
             "method": method,
             "gtol": gtol,
@@ -107,6 +108,7 @@ class NewtonPolish(ClosureOptimizer):
         with self._open(closure, active, theta=self._known_theta(active)) as (opened, accepted):
             objective, start = opened.objective, (opened.loss, opened.gradient)
             penalties = self._penalties(active)
+            sign = 1.0 if penalties is None else penalties.sign
             if penalties is not None:
                 objective, start = Regularized(objective, penalties), penalties.add(opened.theta, *start)
             run = MinimizeRun(objective, opened.theta, start=start, **self._run)
@@ -114,11 +116,17 @@ class NewtonPolish(ClosureOptimizer):
                 run.run()
             finally:
                 accepted.theta = run.last.theta
-                self.result = run.result()
+                found = run.result()
+                self.result = replace(found, loss=sign * found.loss)
         self._keep_master(active, accepted.theta)
         if run.status == "interrupted":
             raise KeyboardInterrupt(run.message)
-        return run.last.loss
+        return sign * run.last.loss
 
     def _initialise_state(self) -> None:
-        """A polish carries nothing from step to step but the master copy, which its first step makes."""
+        """A polish carries nothing from step to step but the master copy."""
+        dtype = self._working_dtype()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.requires_grad and p.dtype != dtype and not self.state[p]:
+                    self.state[p] = {"theta": p.detach().to(dtype)}
