@@ -60,8 +60,9 @@ def called_at(closure: Callable[[], Any], parameters: Sequence[Tensor], theta: T
             p.copy_(theta[start : start + p.numel()].view_as(p))
             start += p.numel()
     try:
-        loss = closure()
-        return torch.as_tensor(loss).detach().to(theta.dtype), vector([p.grad for p in parameters], parameters, theta.dtype)
+        returned = closure()
+        loss = torch.as_tensor(returned["loss"] if isinstance(returned, dict) else returned, dtype=theta.dtype)
+        return loss.detach().reshape(()), vector([p.grad for p in parameters], parameters, theta.dtype)
     finally:
         with torch.no_grad():
             for p, value in zip(parameters, before, strict=True):

@@ -453,7 +453,7 @@ MODULES: list[tuple[str, dict[str, Any], type[Exception], str]] = [
     ("data", {"data": (X[:0], Y[:0])}, ValueError, r"\bdata holds no samples"),
     ("data", {"data": []}, ValueError, r"\bdata holds no samples"),
     ("data", {"data": iter([(X, Y)])}, TypeError, r"\bdata is an iterator"),
-    ("data", {"data": shuffling()}, ValueError, r"\bdata is a DataLoader that shuffles"),
+    ("data", {"data": shuffling()}, ValueError, r"\bbatches of data differ at each evaluation"),
     ("reduction", {"reduction": "max"}, ValueError, r"\breduction must .*'max'"),
     ("chunk_size", {"chunk_size": 0}, ValueError, r"\bchunk_size must .*0"),
     ("chunk_size", {"chunk_size": 2.5}, ValueError, r"\bchunk_size must .*2\.5"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -84,7 +85,7 @@ class CubeOnce(Cube):
 
 
 def returns_a_number(net: Net) -> Any:
-    return lambda: float(net.closure()())
+    return lambda: net.closure()().item()
 
 
 def returns_a_dictionary(net: Net) -> Any:
@@ -260,7 +261,7 @@ def branch_on_a_tensor(net: Net) -> Any:
 
 def branch_on_a_number(net: Net) -> Any:
     """The two sides meet at the start's loss + 0.02, beyond the reach of a small perturbation."""
-    bound = float(net.loss()) + 0.02
+    bound = net.loss().item() + 0.02
 
     def loss() -> Tensor:
         value = net.loss()
@@ -270,7 +271,7 @@ def branch_on_a_number(net: Net) -> Any:
 
 
 def branch_on_numpy(net: Net) -> Any:
-    bound = float(net.loss()) + 0.02
+    bound = net.loss().item() + 0.02
 
     def loss() -> Tensor:
         value = net.loss()
@@ -294,7 +295,7 @@ def loop_until_converged(net: Net) -> Any:
 def target_without_gradient(net: Net) -> Any:
     def loss() -> Tensor:
         with torch.no_grad():
-            target = net.y + net.model(net.x.flip(0))
+            target = net.y + net.model(net.x.roll(1, 0))
         return F.mse_loss(net.model(net.x), target)
 
     return net.closure(loss)
@@ -349,7 +350,7 @@ def numpy_in_the_middle(net: Net) -> Any:
     """A factor that leaves torch and comes back as data."""
 
     def loss() -> Tensor:
-        factor = np.exp(net.model[0].weight.detach().numpy().mean())
+        factor = np.exp(net.model[0].weight.detach().numpy().sum())
         return net.loss() * torch.as_tensor(factor)
 
     return net.closure(loss)
@@ -404,7 +405,7 @@ RIGHT = {
     "checkpoint": Case(checkpointed(reentrant=False)),
     "checkpoint, reentrant": Case(checkpointed(reentrant=True), "closure", EDITED),
     "autocast": Case(autocast, rtol=1e-6),
-    ".item() as a factor": Case(loss_times_its_number, "closure", r"\.item\(\)", NOT_ITS_GRADIENT),
+    ".item() as a factor": Case(loss_times_its_number, "closure", "item", NOT_ITS_GRADIENT),
     ".item() after backward": Case(number_logged_after_backward),
     "if loss > 0.1": Case(branch_on_a_tensor, "closure", "decides by the value of a tensor"),
     "if loss.item() > bound": Case(branch_on_a_number, "closure", "item"),
@@ -438,7 +439,7 @@ def test_objective_is_the_closure(net: Net, name: str) -> None:
     if opened.engine == "replay":
         assert opened.reason == ""
     elif case.reason:
-        assert pytest.raises(AssertionError, match=case.reason).matches(AssertionError(opened.reason)), opened.reason
+        assert re.search(case.reason, opened.reason)
     assert_is_the_closure(opened, closure, net.parameters, rtol=case.rtol)
 
 
@@ -487,8 +488,10 @@ def test_hessian_is_right_or_refused(net: Net, name: str) -> None:
     direction /= direction.norm()
     try:
         product = opened.objective.hvp(opened.theta, direction)
-    except DerivativeError as error:
-        assert case.warning or case.engine == "closure" or name == "autocast", error
+    except DerivativeError:
+        product = None
+    if product is None:
+        assert opened.engine == "closure" or case.warning or name == "autocast"
         return
     step = 1e-5
     ahead = called_at(closure, net.parameters, opened.theta + step * direction)[1]
@@ -497,8 +500,8 @@ def test_hessian_is_right_or_refused(net: Net, name: str) -> None:
 
 
 SECOND_DERIVATIVES_REFUSED = {
-    "clipping": "gradients are changed after the backward pass",
-    "straight-through": "not that of the loss|not twice|no second derivative",
+    "clipping": "radients are changed after the backward pass.*clipping",
+    "straight-through": "straight-through|no second derivative",
     "custom Function, once differentiable": "second derivative|twice",
     "checkpoint, reentrant": "heckpoint",
     "target without gradient": "detached target",
@@ -791,7 +794,7 @@ def test_without_closure_or_with_one_that_does_nothing(net: Net) -> None:
 @pytest.mark.parametrize("engine", ["auto", "closure"])
 def test_loss_that_is_not_finite(net: Net, bad: float, engine: Any) -> None:
     start = net.theta()
-    with pytest.raises(FloatingPointError, match="gives loss (nan|inf).*left as they are"):
+    with pytest.raises(FloatingPointError, match=r"gives loss (nan|inf).*left as they are"):
         flow_step(net, net.closure(lambda: net.loss() * bad), engine=engine)
     assert torch.equal(net.theta(), start)
 
@@ -805,6 +808,17 @@ def test_gradient_that_is_not_finite(net: Net, engine: Any) -> None:
     with pytest.raises(FloatingPointError, match="gradient of norm"):
         flow_step(net, net.closure(lambda: net.loss() + net.model[0].weight[0, 0].abs().pow(0.25)), engine=engine)
     assert torch.equal(net.theta(), start)
+
+
+@pytest.mark.parametrize("engine", ["auto", "closure"])
+def test_overflow_away_from_the_start_is_a_value_and_no_error(engine: Any) -> None:
+    """An integrator tries such points and rejects them; a gradient of inf is not one that was left from before."""
+    rate = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+    opened = open_it(closure_of([rate], lambda: torch.exp(rate)), [rate], engine=engine)
+    for theta, wanted in ((1e4, float("inf")), (float("nan"), float("nan")), (700.0, 1.0142320547350045e304)):
+        loss, gradient = opened.objective.loss_and_gradient(torch.tensor([theta], dtype=torch.float64))
+        assert loss.item() == pytest.approx(wanted, nan_ok=True)
+        assert gradient.item() == pytest.approx(wanted, nan_ok=True)
 
 
 class Interrupted(Exception):
@@ -830,29 +844,29 @@ def test_a_closure_that_raises_on_the_first_step(net: Net, engine: Any, call: in
 
 def test_a_closure_that_raises_in_the_middle_of_a_flow(net: Net) -> None:
     """The parameters are the last accepted point: one on the trajectory, downhill from the start."""
-    calls = itertools.count(1)
-    limit = 45
+    left = 10**6
 
     def loss() -> Tensor:
-        if next(calls) == limit:
+        nonlocal left
+        left -= 1
+        if left == 0:
             raise Interrupted
         return net.loss()
 
     optimizer = GradientFlow(net.parameters, lr=1.0, engine="closure", rtol=1e-8)
     closure = net.closure(loss)
-    start = net.theta()
-    before = float(net.loss())
+    before = net.loss().item()
+    optimizer.step(closure)
+    left = 30
     with pytest.raises(Interrupted):
         optimizer.step(closure)
-        optimizer.step(closure)
     reached = net.theta()
-    assert float(net.loss()) < before
-    assert 0 < optimizer.flow_time < 2.0
+    assert net.loss().item() < before
+    assert 1.0 < optimizer.flow_time < 2.0
     other = Net()
     reference = GradientFlow(other.parameters, lr=1.0, rtol=1e-10)
     reference.integrate(other.closure(), optimizer.flow_time)
     assert distance(reached, other.theta()) <= 1e-6
-    assert not torch.equal(reached, start)
 
 
 @pytest.mark.parametrize("engine", ["auto", "closure"])
@@ -869,7 +883,7 @@ def test_gradient_accumulation_around_the_closure(net: Net, engine: Any) -> None
         return loss
 
     outside()
-    with pytest.raises(ClosureError, match="does not zero the gradients.*accumulate_grad_batches"):
+    with pytest.raises(ClosureError, match=r"does not zero the gradients.*accumulate_grad_batches"):
         flow_step(net, accumulating, engine="auto")
     net.zero()
     optimizer = flow_step(net, net.closure(), engine=engine)
@@ -878,6 +892,30 @@ def test_gradient_accumulation_around_the_closure(net: Net, engine: Any) -> None
     with pytest.raises(ClosureError, match="does not zero the gradients"):
         optimizer.step(accumulating)
     assert torch.equal(net.theta(), start)
+
+
+@pytest.mark.parametrize("engine", ["auto", "closure"])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_every_way_of_zeroing_is_one(net: Net, engine: Any, set_to_none: bool) -> None:
+    """In place or not, with several backward calls, with parameters that some or all losses do not use."""
+    unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    unused.grad = torch.ones_like(unused)
+    optimizer = GradientFlow([unused, *net.parameters], lr=0.5, engine=engine)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad(set_to_none=set_to_none)
+        loss, penalty = net.loss(), net.model[0].weight.pow(2).sum()
+        loss.backward()
+        penalty.backward()
+        return (loss + penalty).detach()
+
+    losses = [optimizer.step(closure).item() for _ in range(3)]
+    assert losses[0] > losses[1] > losses[2]
+    other = Net()
+    whole = GradientFlow(other.parameters, lr=0.5)
+    for loss in losses:
+        found = whole.step(other.closure(lambda: other.loss() + other.model[0].weight.pow(2).sum()))
+        assert found.item() == pytest.approx(loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("engine", ["auto", "closure"])
@@ -978,25 +1016,44 @@ def test_generator_goes_on_as_after_one_call(net: Net) -> None:
     assert torch.equal(found, torch.rand(()))
 
 
-@pytest.mark.parametrize("n_hidden", [6, 2000])
-def test_a_wrong_gradient_is_noticed_in_models_of_any_size(n_hidden: int) -> None:
-    """A random direction alone is nearly orthogonal to the gradient in a large model."""
-    torch.manual_seed(0)
-    net = Net()
-    net.model = nn.Sequential(nn.Linear(4, n_hidden), nn.Softplus(), nn.Linear(n_hidden, 1)).double()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("n_hidden", [6, 1000])
+def test_a_wrong_gradient_is_noticed_in_models_of_any_size(n_hidden: int, dtype: torch.dtype) -> None:
+    """A random direction alone is nearly orthogonal to the gradient of a large model, and sees nothing."""
+    net = Net(dtype)
+    net.model = nn.Sequential(nn.Linear(4, n_hidden), nn.Softplus(), nn.Linear(n_hidden, 1)).to(dtype)
     net.parameters = trainable(net.model)
+    for p in net.parameters:
+        p.register_hook(lambda gradient: gradient / 2)
     with pytest.warns(GradientFlowWarning, match=NOT_ITS_GRADIENT):
-        open_it(clipping(0.1)(net), net.parameters)
+        open_it(net.closure(), net.parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_right_gradient_is_never_warned_of(seed: int, dtype: torch.dtype) -> None:
+    """Neither with kinks, nor with large weights, nor at a stationary point."""
+    net = Net(dtype)
+    torch.manual_seed(seed)
+    net.model = nn.Sequential(nn.Linear(4, 30), nn.ReLU(), nn.Linear(30, 30), nn.ReLU(), nn.Linear(30, 1)).to(dtype)
+    net.parameters = trainable(net.model)
+    open_it(net.closure(), net.parameters)
+    with torch.no_grad():
+        for p in net.parameters:
+            p.mul_(5.0)
+    open_it(net.closure(), net.parameters)
+    net.y = net.model(net.x).detach()
+    open_it(net.closure(), net.parameters)
 
 
 def test_warnings_are_given_once(net: Net) -> None:
     """Not at every step."""
-    closure = RIGHT["detached factor"].make(net)
+    closure = RIGHT["clipping"].make(net)
     memory = ClosureMemory()
-    with pytest.warns(GradientFlowWarning) as caught:
-        for _ in range(3):
-            open_it(closure, net.parameters, memory=memory)
-    assert len(caught) == 1
+    with pytest.warns(GradientFlowWarning):
+        open_it(closure, net.parameters, memory=memory)
+    for _ in range(2):
+        open_it(closure, net.parameters, memory=memory)
 
 
 @pytest.mark.parametrize("name", ["hook that doubles", "if loss > 0.1", "clipping"])

@@ -160,7 +160,7 @@ def shuffled(data: tuple[Tensor, Tensor]) -> DataLoader[Any]:
 
 
 REFUSED = {
-    "shuffling loader": (shuffled, {}, ValueError, "DataLoader that shuffles.*shuffle=False"),
+    "shuffling loader": (shuffled, {}, ValueError, "differ at each evaluation.*shuffle=False"),
     "iterator": (lambda d: iter([d]), {}, TypeError, "read only once; give a list"),
     "generator": (lambda d: (pair for pair in [d]), {}, TypeError, "read only once; give a list"),
     "no batches": (lambda d: [], {}, ValueError, "data holds no samples"),

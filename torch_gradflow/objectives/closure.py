@@ -17,27 +17,21 @@ numbers frozen by ``.item()`` are noticed where they matter.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
-from torch_gradflow.objectives.base import ClosureError, DerivativeError, EvaluationCounts, Objective
-from torch_gradflow.objectives.function import (
-    FunctionObjective,
-    SecondDerivatives,
-    hvp_disagreement,
-    second_order_kernels,
-)
+from torch_gradflow.objectives.base import ClosureError, EvaluationCounts, Objective
+from torch_gradflow.objectives.contract import ContractReport, added_up, agree, check_contract
+from torch_gradflow.objectives.function import FunctionObjective, SecondDerivatives
 from torch_gradflow.objectives.parameters import ParameterLayout
 from torch_gradflow.objectives.record import Program, Recorder
+from torch_gradflow.objectives.reevaluated import NOT_ZEROED, Closure, ReevaluatedClosure, loss_of, random_state
 
 Engine = Literal["auto", "replay", "closure"]
-Closure = Callable[[], Any]
 
 
 class GradientFlowWarning(UserWarning):
@@ -56,18 +50,18 @@ class ClosureMemory:
         check: Whether the contract is to be checked on first use.
         checked: Whether it was.
         program: The last program whose replay was confirmed.
-        confirmed: The structures of programs whose replay was the closure also at other parameters.
         structure: The structure of the program that was replayed last.
         second_derivatives: The confirmed path to second derivatives of programs of that structure.
+        not_a_gradient: How the gradients were seen not to be those of the loss, or "".
         said: Warnings already given.
     """
 
     check: bool = True
     checked: bool = False
     program: Program | None = None
-    confirmed: set[tuple[Any, ...]] = field(default_factory=set)
     structure: tuple[Any, ...] = ()
     second_derivatives: SecondDerivatives | None = None
+    not_a_gradient: str = ""
     said: set[str] = field(default_factory=set)
 
     def warn_once(self, message: str) -> None:
@@ -142,7 +136,7 @@ def open_closure(
     theta = layout.flatten(parameters) if theta is None else theta
     before = [(p.grad, None if p.grad is None else p.grad._version) for p in parameters]
     entry = layout.gradient(parameters) if any(p.grad is not None for p in parameters) else None
-    random_state = _random_state(layout.device)
+    state = random_state(layout.device)
     counts.n_closure += 1
     counts.n_grad += 1
     recorder = Recorder(parameters)
@@ -154,7 +148,7 @@ def open_closure(
     _check_backward(parameters, recorder, untouched)
     gradients = [None if p.grad is None else p.grad.detach().clone() for p in parameters]
     gradient = layout.flatten(gradients)
-    loss = _loss_of(returned, recorder, layout)
+    loss = loss_of(returned, recorder.loss, layout)
     if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(gradient).all()):
         raise FloatingPointError(
             f"the closure gives loss {float(loss)} and a gradient of norm {float(gradient.norm())} at the current "
@@ -163,7 +157,7 @@ def open_closure(
     _check_scale(loss, recorder, layout)
     unchanged = expected is not None and expected(loss, gradient, theta)
 
-    program, reason = (None, "engine='closure' was asked for") if engine == "closure" else _usable(recorder, returned, memory)
+    program, reason = (None, "engine='closure' was asked for") if engine == "closure" else _usable(recorder, returned)
     resolution = layout.resolution(recorder.autocast)
     replay: FunctionObjective | None = None
     if program is not None:
@@ -179,7 +173,7 @@ def open_closure(
             elif wide:
                 # The closure's own loss and gradient are those of narrower numbers, at the rounded θ.
                 loss, gradient = found
-    once_more = ReevaluatedClosure(closure, parameters, layout, counts, resolution, random_state, recorder.written)
+    once_more = ReevaluatedClosure(closure, parameters, layout, counts, resolution, state, recorder.written)
     opened = OpenedClosure(
         replay if replay is not None else once_more,
         returned,
@@ -195,9 +189,8 @@ def open_closure(
     )
     if memory.check and not memory.checked:
         try:
-            _check_contract(opened, closure, once_more, replay, memory)
-            if opened.engine == "replay" and program is not None:
-                memory.confirmed.add(program.structure())
+            report = check_contract(theta, loss, gradient, layout, once_more, replay)
+            _heed(report, opened, once_more, len(recorder.written), memory)
         finally:
             opened.finish(theta)
         memory.checked = True
@@ -240,162 +233,9 @@ def replayed(
     )
 
 
-class ReevaluatedClosure(Objective):
-    """L(θ) by setting the parameters and calling the closure again.
-
-    Every call sees the same random numbers (the generator's state at the start of the step) and the buffers that the
-    first call left, so within a step it is one function of θ. The owner restores the parameters afterwards.
-    """
-
-    def __init__(
-        self,
-        closure: Closure,
-        parameters: Sequence[Tensor],
-        layout: ParameterLayout,
-        counts: EvaluationCounts,
-        resolution: float,
-        random_state: Mapping[str, Tensor],
-        buffers: Sequence[Tensor],
-    ) -> None:
-        self.n_parameters = layout.n_parameters
-        self.dtype = layout.dtype
-        self.device = layout.device
-        self.resolution = resolution
-        self.counts = counts
-        self._closure = closure
-        self._parameters = parameters
-        self._layout = layout
-        self._random_state = random_state
-        self._buffers = [(buffer, buffer.detach().clone()) for buffer in buffers]
-        self._confirmed = False
-
-    def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
-        """One more call of the closure, at θ."""
-        self.counts.n_closure += 1
-        self.counts.n_grad += 1
-        self._layout.write(theta, self._parameters)
-        with self._same_circumstances():
-            loss = self._closure()
-        return _loss_of(loss, None, self._layout), self._layout.gradient(self._parameters)
-
-    def call_at(self, theta: Tensor, *, fresh: bool) -> tuple[Tensor, Tensor]:
-        """As ``loss_and_gradient``; ``fresh`` lets random numbers and buffers go on as they would in a loop."""
-        if not fresh:
-            return self.loss_and_gradient(theta)
-        self.counts.n_closure += 1
-        self.counts.n_grad += 1
-        self._layout.write(theta, self._parameters)
-        with torch.enable_grad():
-            loss = self._closure()
-        return _loss_of(loss, None, self._layout), self._layout.gradient(self._parameters)
-
-    def hvp(self, theta: Tensor, vectors: Tensor) -> Tensor:
-        """H(θ) V by double backward through the closure's own backward pass, one vector at a time."""
-        columns = vectors.reshape(self.n_parameters, -1)
-        self._confirm(theta)
-        self.counts.n_hvp += columns.shape[1]
-        return self._products(theta, columns).reshape(vectors.shape)
-
-    def hessian(self, theta: Tensor) -> Tensor:
-        """H(θ), symmetrised, by double backward, one column at a time."""
-        self._confirm(theta)
-        self.counts.n_hessian += 1
-        hessian = self._products(theta, torch.eye(self.n_parameters, dtype=self.dtype, device=self.device))
-        return 0.5 * (hessian + hessian.T)
-
-    def _confirm(self, theta: Tensor) -> None:
-        if self._confirmed:
-            return
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(self.n_parameters, 1, generator=generator, dtype=torch.float64)
-        probe = (probe / probe.norm()).to(dtype=self.dtype, device=self.device)
-        error = hvp_disagreement(self, theta, probe[:, 0], self._products(theta, probe)[:, 0])
-        if error is not None:
-            raise DerivativeError(
-                f"the double backward pass through the closure is off by {error:.1e} (relative) from differences of its "
-                "gradients: gradients are changed after the backward pass (clipping, hooks), a custom autograd Function "
-                "has no second derivative, or the gradient is not that of the loss."
-            )
-        self._confirmed = True
-
-    def _products(self, theta: Tensor, columns: Tensor) -> Tensor:
-        self._layout.write(theta, self._parameters)
-        keeper = GraphKeeper(self._parameters)
-        self.counts.n_closure += 1
-        products = torch.zeros_like(columns)
-        with second_order_kernels(self.device), self._same_circumstances():
-            with keeper:
-                self._closure()
-            if not keeper.gradients:
-                raise DerivativeError(
-                    "second derivatives need the closure to call loss.backward(); it used torch.autograd.backward or "
-                    "something else that does not go through Tensor.backward."
-                )
-            pairs = [(i, g) for i, g in enumerate(keeper.gradients) if g is not None and g.requires_grad]
-            for k in range(columns.shape[1] if pairs else 0):
-                parts = self._layout.split_as_parameters(columns[:, k])
-                rows = torch.autograd.grad(
-                    [g for _, g in pairs],
-                    list(self._parameters),
-                    [parts[i] for i, _ in pairs],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                products[:, k] = self._layout.flatten(rows)
-        return products
-
-    @contextmanager
-    def _same_circumstances(self) -> Iterator[None]:
-        state = _random_state(self.device)
-        _set_random_state(self._random_state)
-        try:
-            with torch.enable_grad():
-                yield
-        finally:
-            _set_random_state(state)
-            with torch.no_grad():
-                for buffer, value in self._buffers:
-                    buffer.copy_(value)
-
-
-class GraphKeeper(TorchFunctionMode):
-    """While entered, ``loss.backward()`` keeps its graph: the gradients can be differentiated again.
-
-    Attributes:
-        gradients: One differentiable gradient per parameter (None where the loss does not depend on it); empty until
-            ``backward`` was called.
-    """
-
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.gradients: list[Tensor | None] = []
-        self._parameters = parameters
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if func is not torch.Tensor.backward:
-            return func(*args, **(kwargs or {}))
-        self._backward(*args, **(kwargs or {}))
-        return None
-
-    def _backward(self, loss: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) -> None:
-        parts = torch.autograd.grad(loss, list(self._parameters), gradient, create_graph=True, allow_unused=True)
-        known = self.gradients or [None] * len(parts)
-        self.gradients = [b if a is None else (a if b is None else a + b) for a, b in zip(known, parts, strict=True)]
-        # The closure may look at .grad (to clip it, to log its norm).
-        for parameter, part in zip(self._parameters, parts, strict=True):
-            if part is not None:
-                old = parameter.grad
-                parameter.grad = part.detach().clone() if old is None else old.detach() + part.detach()
-
-
 def _check_backward(parameters: Sequence[Tensor], recorder: Recorder, untouched: bool) -> None:
-    if untouched or all(p.grad is None for p in parameters):
+    zero = recorder.n_backward == 0 and not any(p.grad is not None and bool((p.grad != 0).any()) for p in parameters)
+    if untouched or zero or all(p.grad is None for p in parameters):
         if recorder.n_backward:
             raise ClosureError(
                 "the closure called backward, but no parameter of this optimizer received a gradient: the loss does not "
@@ -405,22 +245,6 @@ def _check_backward(parameters: Sequence[Tensor], recorder: Recorder, untouched:
             "the closure did not call backward: after it ran, no parameter had a new gradient. A closure zeroes the "
             "gradients, computes the loss, calls loss.backward() and returns the loss."
         )
-
-
-def _loss_of(returned: Any, recorder: Recorder | None, layout: ParameterLayout) -> Tensor:
-    if returned is None and recorder is not None and recorder.loss is not None:
-        returned = recorder.loss
-    if isinstance(returned, Mapping) and "loss" in returned:
-        returned = returned["loss"]
-    if isinstance(returned, Tensor) and returned.numel() == 1:
-        return returned.detach().reshape(()).to(dtype=layout.dtype, device=layout.device)
-    if isinstance(returned, int | float):
-        return torch.tensor(float(returned), dtype=layout.dtype, device=layout.device)
-    raise ClosureError(
-        f"the closure returned {type(returned).__name__}"
-        + (f" of shape {tuple(returned.shape)}" if isinstance(returned, Tensor) else "")
-        + "; it must return the loss, a tensor with one element or a number."
-    )
 
 
 def _check_scale(loss: Tensor, recorder: Recorder, layout: ParameterLayout) -> None:
@@ -436,14 +260,8 @@ def _check_scale(loss: Tensor, recorder: Recorder, layout: ParameterLayout) -> N
         )
 
 
-def _usable(recorder: Recorder, returned: Any, memory: ClosureMemory) -> tuple[Program | None, str]:
+def _usable(recorder: Recorder, returned: Any) -> tuple[Program | None, str]:
     program = recorder.program(returned)
-    reads = f"it reads numbers out of tensors ({', '.join(sorted(recorder.reads))})"
-    if recorder.reads and not memory.check:
-        return None, f"{reads}, and check=False"
-    # Such a record is right at the start of every step; whether elsewhere too, only the contract check has seen.
-    if recorder.reads and memory.checked and program is not None and program.structure() not in memory.confirmed:
-        return None, f"{reads}, and was not confirmed at other parameters"
     if program is None:
         return None, recorder.doubts[0] if recorder.doubts else "no call of Tensor.backward was seen"
     if recorder.doubts:
@@ -468,12 +286,8 @@ def _compare_at_start(
         return f"its record cannot be replayed ({type(error).__name__}: {text})", wanted
     if agree(found, wanted, layout):
         return "", found
-    if entry is not None and agree((loss, found[1] + entry), (loss, gradient), layout) and bool((entry != 0).any()):
-        raise ClosureError(
-            "the closure does not zero the gradients: .grad after it is the sum of the gradient before it and its own. "
-            "Call optimizer.zero_grad() inside the closure. (Lightning's accumulate_grad_batches > 1 does this: only "
-            "part of the objective is inside the closure then, so leave it at 1 and use larger batches.)"
-        )
+    if entry is not None and added_up(gradient, entry, found[1], found[1], layout):
+        raise ClosureError(NOT_ZEROED)
     if agree((found[0], gradient), (loss, gradient), layout):
         return (
             "the gradient in .grad is not that of the recorded loss (a custom autograd Function such as a "
@@ -482,98 +296,22 @@ def _compare_at_start(
     return "the replayed loss is not the closure's (data changed outside of torch, or a function that is not recorded)", found
 
 
-def _check_contract(
-    opened: OpenedClosure,
-    closure: Closure,
-    again: ReevaluatedClosure,
-    replay: FunctionObjective | None,
-    memory: ClosureMemory,
+def _heed(
+    report: ContractReport, opened: OpenedClosure, again: ReevaluatedClosure, n_written: int, memory: ClosureMemory
 ) -> None:
-    """Two more calls of the closure: is it a function of θ, is the replay that function, is the gradient its own?"""
-    layout, theta, loss, gradient = opened._layout, opened.theta, opened.loss, opened.gradient
-    buffers = again._buffers
-    state = _random_state(layout.device)
-    try:
-        generator = torch.Generator().manual_seed(0)
-        shift = torch.randn(layout.n_parameters, generator=generator, dtype=torch.float64).to(theta)
-        size = 1e-3 if layout.resolution() < 1e-12 else 1e-2
-        shift *= size * (theta.abs() + 0.1 * float(theta.abs().mean()) + 1e-3)
-        moved = again.call_at(theta + shift, fresh=False)
-        # The last call is the one at the start of the step: what it logs, and what Lightning keeps of it, belongs there.
-        second = again.call_at(theta, fresh=True)
-        if not agree((second[0], gradient), (loss, gradient), layout):
-            raise ClosureError(
-                f"the closure is stochastic: called twice with the same parameters it returned {float(loss):.10g} and "
-                f"{float(second[0]):.10g}. One step follows the flow of one fixed objective: switch dropout off "
-                "(model.eval()), and draw and augment the batch before the closure, not inside it. (check=False lets it "
-                "pass: a step then follows the flow of the one draw of its first call.)"
-            )
-        if not agree(second, (loss, gradient), layout):
-            added = (loss, second[1] - moved[1])
-            if agree(added, (loss, gradient), layout) or (
-                replay is not None and agree(added, replay.loss_and_gradient(theta), layout)
-            ):
-                raise ClosureError(
-                    "the closure does not zero the gradients: called again, it added to the gradient that was "
-                    "there. Call optimizer.zero_grad() inside the closure."
-                )
-            raise ClosureError(
-                "the closure is stochastic: called twice with the same parameters it gave the same loss but another "
-                "gradient. Make the gradient a function of the parameters, or pass check=False."
-            )
-        if replay is not None and not agree(replay.loss_and_gradient(theta + shift), moved, layout):
-            opened.objective, opened.engine = again, "closure"
-            opened.reason = (
-                "replayed at other parameters, the record differs from the closure (numbers read with .item(), control "
-                "flow that depends on values)"
-            )
-        rise = float(moved[0] - loss)
-        predicted = float(0.5 * (gradient + moved[1]) @ shift)
-        rounding = 50 * layout.resolution() * abs(float(loss))
-        allowed = 0.05 * float(gradient.norm() + moved[1].norm()) * float(shift.norm()) + rounding
-        if abs(rise - predicted) > allowed:
-            memory.warn_once(
-                f"what backward leaves in .grad is not the gradient of the loss: along a small step the loss changes by "
-                f"{rise:.3e}, the gradients say {predicted:.3e}. (A detached or no_grad target, a straight-through "
-                "estimator, clipping or a hook inside the closure?) The flow follows .grad."
-            )
-        if buffers:
-            memory.warn_once(
-                f"the closure writes to {len(buffers)} tensors that are not parameters (statistics of a BatchNorm in "
-                "training mode, counters). They move once per step, and the flow is that of the loss with batch "
-                "statistics; call model.eval() to follow the loss of the model as it will be used."
-            )
-    finally:
-        _set_random_state(state)
-        with torch.no_grad():
-            for buffer, value in buffers:
-                buffer.copy_(value)
-
-
-def agree(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], layout: ParameterLayout) -> bool:
-    """Equal loss and gradient up to what another order of summation can change."""
-    eps = layout.resolution()
-    # Half of the digits: 2e-9 in float64, 2e-4 in float32; 7e-2 in bfloat16, which has two.
-    relative = max(4 * eps, eps**0.55)
-    (loss, gradient), (wanted_loss, wanted_gradient) = found, wanted
-    if not bool(torch.isclose(loss, wanted_loss, rtol=relative, atol=1e-30)):
-        return False
-    size = float(wanted_gradient.abs().max()) if wanted_gradient.numel() else 0.0
-    # A gradient sums residuals, whose size is that of the square root of the loss.
-    floor = 100 * eps * abs(float(wanted_loss)) ** 0.5
-    return bool((gradient - wanted_gradient).abs().max() <= relative * size + floor)
-
-
-def _random_state(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states[str(device)] = torch.cuda.get_rng_state(device)
-    return states
-
-
-def _set_random_state(states: Mapping[str, Tensor]) -> None:
-    for device, state in states.items():
-        if device == "cpu":
-            torch.set_rng_state(state)
-        else:
-            torch.cuda.set_rng_state(state, torch.device(device))
+    """Draw the consequences of the contract check."""
+    if not report.replay_holds:
+        opened.objective, opened.engine = again, "closure"
+        opened.reason = "replayed at other parameters, the record differs from the closure (control flow, frozen numbers)"
+    memory.not_a_gradient = report.not_a_gradient
+    if report.not_a_gradient:
+        memory.warn_once(
+            f"what backward leaves in .grad is not the gradient of the loss: {report.not_a_gradient}. (A detached or "
+            "no_grad target, a straight-through estimator, clipping or a hook inside the closure?) The flow follows .grad."
+        )
+    if n_written:
+        memory.warn_once(
+            f"the closure writes to {n_written} tensors that are not parameters (statistics of a BatchNorm in training "
+            "mode, counters). They move once per step, and the flow is that of the loss with batch statistics; call "
+            "model.eval() to follow the loss of the model as it will be used."
+        )

@@ -97,9 +97,7 @@ class FunctionObjective(Objective):
         return self.second_derivatives
 
     def _choose_path(self, theta: Tensor) -> SecondDerivatives:
-        generator = torch.Generator().manual_seed(0)
-        probe = torch.randn(self.n_parameters, 2, generator=generator, dtype=torch.float64)
-        probe = (probe / probe.norm(dim=0)).to(dtype=self.dtype, device=self.device)
+        probe = probe_vectors(theta)
         failures = []
         for path in PATHS:
             try:
@@ -107,10 +105,10 @@ class FunctionObjective(Objective):
             except (RuntimeError, NotImplementedError, ValueError) as error:
                 failures.append(f"{path}: {str(error).splitlines()[0] if str(error) else type(error).__name__}")
                 continue
-            difference = hvp_disagreement(self, theta, probe[:, 0], products[:, 0])
-            if difference is None:
+            why = disagreement(self, theta, probe, products)
+            if not why:
                 return path
-            failures.append(f"{path}: off by {difference:.1e} (relative)")
+            failures.append(f"{path}: {why}")
         raise DerivativeError(
             "no way of computing Hessian-vector products agrees with differences of the gradient: "
             + "; ".join(failures)
@@ -149,6 +147,25 @@ def _bytes_kept(term: Callable[[Tensor], Tensor], theta: Tensor) -> int:
     with saved_tensors_hooks(count, lambda tensor: tensor), torch.enable_grad():
         term(theta.detach().requires_grad_(True))
     return kept
+
+
+def probe_vectors(theta: Tensor) -> Tensor:
+    """Two fixed random unit vectors, shape ``(P, 2)``."""
+    generator = torch.Generator().manual_seed(0)
+    probe = torch.randn(theta.numel(), 2, generator=generator, dtype=torch.float64)
+    unit: Tensor = probe / probe.norm(dim=0)
+    return unit.to(theta)
+
+
+def disagreement(objective: Objective, theta: Tensor, probe: Tensor, products: Tensor) -> str:
+    """Why ``products`` cannot be H(θ) times the two vectors of ``probe``, or ""."""
+    error = hvp_disagreement(objective, theta, probe[:, 0], products[:, 0])
+    if error is not None:
+        return f"off by {error:.1e} (relative) from differences of the gradient"
+    skew = abs(float(probe[:, 0] @ products[:, 1] - probe[:, 1] @ products[:, 0]))
+    if skew > max(1e-8, objective.resolution**0.5) * float(products.norm()):
+        return f"not symmetric ({skew:.1e}), so that the gradient is not that of a loss"
+    return ""
 
 
 def hvp_disagreement(objective: Objective, theta: Tensor, vector: Tensor, product: Tensor) -> float | None:

@@ -189,9 +189,9 @@ class Recorder(TorchFunctionMode):
         self._calls: list[Call] = []
         self._losses: list[RecordedLoss] = []
         self._constants: dict[int, tuple[Tensor, int]] = {}
-        # What was noticed, with the number of calls before it: after the last backward it does not matter.
-        self._doubts: list[tuple[int, str]] = []
-        self._reads: list[tuple[int, str]] = []
+        # What was noticed; what came after the last backward does not matter.
+        self._doubts: list[str] = []
+        self._n_doubts = 0
         self._n_slots = 0
         self._n_calls = 0
         for parameter in parameters:
@@ -212,24 +212,16 @@ class Recorder(TorchFunctionMode):
         return self._n_slots - 1
 
     def _doubt_now(self, reason: str) -> None:
-        self._doubts.append((0, reason))
+        self._doubts.insert(0, reason)
+        self._n_doubts += 1
 
     @property
     def doubts(self) -> list[str]:
         """Reasons, in words, why the record may not be the function it looks like."""
-        return list(dict.fromkeys(reason for n, reason in self._doubts if n <= self._n_relevant))
-
-    @property
-    def reads(self) -> list[str]:
-        """Names of functions that read numbers out of tensors on the way to the loss."""
-        return sorted({name for n, name in self._reads if n <= self._n_relevant})
-
-    @property
-    def _n_relevant(self) -> int:
-        return self._n_calls if self.n_backward else len(self._calls)
+        return list(dict.fromkeys(self._doubts[: self._n_doubts] if self.n_backward else self._doubts))
 
     def _doubt(self, reason: str) -> None:
-        self._doubts.append((len(self._calls), reason))
+        self._doubts.append(reason)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def __torch_function__(
@@ -259,7 +251,7 @@ class Recorder(TorchFunctionMode):
             self._doubt("backward was called on a tensor that was not computed from the parameters by torch functions")
             return
         self._losses.append(RecordedLoss(slot, None if gradient is None else gradient.detach().clone()))
-        self._n_calls = len(self._calls)
+        self._n_calls, self._n_doubts = len(self._calls), len(self._doubts)
 
     def _record(
         self,
@@ -292,7 +284,8 @@ class Recorder(TorchFunctionMode):
         if name in _DECISIONS:
             self._doubt(f"it decides by the value of a tensor ({name})")
         if name in _READS:
-            self._reads.append((len(self._calls), name))
+            how = f"{name.strip('_')}()" if name.startswith("_") else f".{name}()"
+            self._doubt(f"it reads a number out of a tensor that depends on the parameters ({how})")
         if not results and not written:
             return
         if any(slot is not None and 0 <= slot < len(self._parameters) for _, slot in written):

@@ -20,7 +20,8 @@ from torch_gradflow.flow.progress import Progress
 from torch_gradflow.flow.solution import FlowReport, FlowSolution, Knot
 from torch_gradflow.flow.stopping import StoppingRule
 from torch_gradflow.objectives.base import Objective
-from torch_gradflow.objectives.closure import Engine, GradientFlowWarning, OpenedClosure, agree
+from torch_gradflow.objectives.closure import Engine, GradientFlowWarning, OpenedClosure
+from torch_gradflow.objectives.contract import agree
 from torch_gradflow.objectives.parameters import working_dtype
 from torch_gradflow.objectives.regularized import Penalties, Regularized, Rescaled
 from torch_gradflow.optim import carried

@@ -10,6 +10,7 @@ import torch
 
 from torch_gradflow.minimize.minimize import MinimizeRun, check_memory, check_settings
 from torch_gradflow.minimize.result import MinimizeReport, MinimizeResult
+from torch_gradflow.objectives.base import DerivativeError
 from torch_gradflow.objectives.closure import Engine
 from torch_gradflow.objectives.regularized import Regularized
 from torch_gradflow.optim.closure_optimizer import ClosureOptimizer, ObjectiveSettings, Params
@@ -106,6 +107,12 @@ class NewtonPolish(ClosureOptimizer):
         closure = self._require_closure(closure)
         check_memory(active.layout.n_parameters, active.layout.dtype, active.layout.device)
         with self._open(closure, active, theta=self._known_theta(active)) as (opened, accepted):
+            if self._memory.not_a_gradient:
+                raise DerivativeError(
+                    f"the gradient in .grad is not that of the loss: {self._memory.not_a_gradient}. Either gradients are "
+                    "changed after the backward pass (clipping, hooks), or there is a detached target or a straight-through "
+                    "estimator: no Hessian belongs to both."
+                )
             objective, start = opened.objective, (opened.loss, opened.gradient)
             penalties = self._penalties(active)
             sign = 1.0 if penalties is None else penalties.sign
