@@ -2,8 +2,8 @@
 
 Two problems: regression on the diabetes data and classification of handwritten digits, each with a small tanh network in
 float64 and weight decay in the loss. GradientFlow follows the flow, NewtonPolish takes its end to a fixed point; then
-Adam (with torch's defaults) runs in the same loop for the same wall time. Printed: a table. Saved: a figure with the loss against wall time and
-against gradient evaluations, and how far each trajectory lies from the true flow.
+Adam (with torch's defaults) runs in the same loop for the same wall time. Printed: a table. Saved: a figure with the loss
+against wall time and against gradient evaluations, and how far each trajectory lies from the true flow.
 
     python examples/adam_vs_gradient_flow.py [--figure adam_vs_gradient_flow.png]
 """

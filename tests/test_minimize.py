@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 
 import numpy as np
 import psutil
@@ -266,7 +267,7 @@ def test_the_loss_never_rises() -> None:
     polish = NewtonPolish(model.parameters(), max_iter=40, progress=lambda report: losses.append(report.loss))
     polish.step(make_closure(polish, model, x, y))
     assert len(losses) == 40
-    assert all(b <= a * (1 + 1e-12) for a, b in zip(losses, losses[1:], strict=False))
+    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(losses))
     assert polish.result is not None
     assert polish.result.status == "max_iter"
     assert "over the last 20 iterations" in polish.result.message

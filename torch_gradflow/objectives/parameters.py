@@ -74,6 +74,8 @@ class ParameterLayout:
 
     def expand(self, values: Sequence[float]) -> Tensor:
         """The vector of shape ``(P,)`` that repeats one number per parameter tensor over its elements."""
+        if len(set(values)) == 1:
+            return torch.full((self.n_parameters,), values[0], dtype=self.dtype, device=self.device)
         repeats = torch.tensor([shape.numel() for shape in self.shapes], device=self.device)
         return torch.tensor(values, dtype=self.dtype, device=self.device).repeat_interleave(repeats)
 

@@ -235,7 +235,7 @@ class Recorder(TorchFunctionMode):
         if func is torch.Tensor.backward:
             self._record_backward(*args, **kwargs)
             return func(*args, **kwargs)
-        operands = list(tensors_in((args, kwargs)))
+        operands = tensors_in((args, kwargs))
         versions = [version_of(t) for t in operands]
         slots = [self._slot(t) for t in operands]
         result = func(*args, **kwargs)
@@ -268,7 +268,7 @@ class Recorder(TorchFunctionMode):
             return
         written = [(t, s) for t, s, v in zip(operands, slots, versions, strict=True) if version_of(t) != v]
         depends = any(slot is not None and slot >= 0 for slot in slots) and func != _GRAD_GETTER
-        results = list(tensors_in(result))
+        results = tensors_in(result)
         if func == _DATA_SETTER and slots[0] is not None and slots[0] >= 0:
             self._doubt("it assigns to .data of a tensor that depends on the parameters")
         if name in _BATCH_STATISTICS:
@@ -450,9 +450,25 @@ def leaves_in(tree: Any) -> Iterator[Any]:
         yield tree
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors among ``leaves_in``."""
-    return (leaf for leaf in leaves_in(tree) if isinstance(leaf, Tensor))
+    found: list[Tensor] = []
+    _collect_tensors(tree, found)
+    return found
+
+
+def _collect_tensors(tree: Any, found: list[Tensor]) -> None:
+    # Written out, because it runs for every recorded call.
+    if isinstance(tree, Tensor):
+        found.append(tree)
+    elif isinstance(tree, tuple | list):
+        for item in tree:
+            _collect_tensors(item, found)
+    elif isinstance(tree, dict):
+        for item in tree.values():
+            _collect_tensors(item, found)
+    elif isinstance(tree, slice):
+        _collect_tensors((tree.start, tree.stop, tree.step), found)
 
 
 def _same(a: Any, b: Any) -> bool:

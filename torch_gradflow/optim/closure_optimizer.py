@@ -220,12 +220,11 @@ class ClosureOptimizer(Optimizer):
 
     def _penalties(self, active: ActiveParameters) -> Penalties | None:
         """What is added to L, or None where the objective is L itself."""
-        weight_decay = active.expand("weight_decay")
-        decays = bool((weight_decay != 0).any())
+        decays = any(float(group["weight_decay"]) != 0.0 for group in active.groups)
         maximize = bool(active.groups[0]["maximize"])
         if not decays and not maximize and self._settings.max_norm is None:
             return None
-        return Penalties(weight_decay if decays else None, self._settings.max_norm, -1.0 if maximize else 1.0)
+        return Penalties(active.expand("weight_decay") if decays else None, self._settings.max_norm, -1.0 if maximize else 1.0)
 
     def _known_theta(self, active: ActiveParameters) -> Tensor | None:
         """The master copy of θ, where there is one and the parameters are still its rounded values."""
