@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, TensorDataset
 
-from torch_gradflow.objectives.module import ModuleObjective
+from torch_gradflow.objectives.module import ModuleObjective, hessian, hessian_spectrum
 
 N = 23  # a prime: no chunk size divides it
 
@@ -215,3 +215,13 @@ def test_every_kind_of_shuffling_is_refused(model: nn.Sequential, data: tuple[Te
     torch.manual_seed(0)
     with pytest.raises(ValueError, match="differ at each evaluation"):
         ModuleObjective(model, nn.MSELoss(), loader(data))
+
+
+def test_hessian_and_spectrum(model: nn.Sequential, data: tuple[Tensor, Tensor]) -> None:
+    """At the model's parameters, in one call."""
+    theta = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    expected = by_autograd(model, nn.MSELoss(), *data, theta)
+    found = hessian(model, nn.MSELoss(), data, chunk_size=6)
+    assert_equal(ModuleObjective(model, nn.MSELoss(), data), expected, theta)
+    assert torch.allclose(found, ModuleObjective(model, nn.MSELoss(), data).hessian(theta), rtol=1e-12, atol=1e-14)
+    assert torch.allclose(hessian_spectrum(model, nn.MSELoss(), data), torch.linalg.eigvalsh(found), rtol=1e-10, atol=1e-13)

@@ -1,8 +1,38 @@
 """The gradient flow of neural networks, followed accurately from PyTorch training loops."""
 
 from torch_gradflow.flow.integrate import integrate
+from torch_gradflow.flow.solution import FlowReport, FlowSolution
+from torch_gradflow.flow.stopping import Evaluations, FlowTime, GradientNorm, LossPlateau, LossValue, WallTime
+from torch_gradflow.minimize.certificate import CriticalPoint, certify
 from torch_gradflow.minimize.minimize import minimize
+from torch_gradflow.minimize.result import MinimizeResult
+from torch_gradflow.objectives.base import ClosureError, DerivativeError, Objective
+from torch_gradflow.objectives.closure import GradientFlowWarning
+from torch_gradflow.objectives.module import ModuleObjective, hessian, hessian_spectrum
 from torch_gradflow.optim.gradient_flow import GradientFlow
 from torch_gradflow.optim.newton_polish import NewtonPolish
 
-__all__ = ["GradientFlow", "NewtonPolish", "integrate", "minimize"]
+__all__ = [
+    "ClosureError",
+    "CriticalPoint",
+    "DerivativeError",
+    "Evaluations",
+    "FlowReport",
+    "FlowSolution",
+    "FlowTime",
+    "GradientFlow",
+    "GradientFlowWarning",
+    "GradientNorm",
+    "LossPlateau",
+    "LossValue",
+    "MinimizeResult",
+    "ModuleObjective",
+    "NewtonPolish",
+    "Objective",
+    "WallTime",
+    "certify",
+    "hessian",
+    "hessian_spectrum",
+    "integrate",
+    "minimize",
+]

@@ -27,11 +27,13 @@ class Continuation:
         here: The present point, with loss and gradient.
         step_size: The controller's next step size, None at the very start.
         window: Accepted points around and ahead of the present, or None.
+        interpolated: Whether the present point is the window's own value there.
     """
 
     here: Knot
     step_size: float | None
     window: HermiteWindow | None
+    interpolated: bool = True
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,9 @@ def advance(
             window, end = _extend(method, objective, state, target, rtol, atol, max_evals, on_accept)
             step_size, n_accepted, n_rejected = end.step_size, end.n_accepted, end.n_rejected
         if window is not None:
-            theta = window(target)
+            theta, interpolated = value_between(method, objective, window, target, rtol, atol)
             here = Knot(target, theta, *objective.loss_and_gradient(theta))
-            return Piece(Continuation(here, step_size, window), "t_end", n_accepted, n_rejected, None)
+            return Piece(Continuation(here, step_size, window, interpolated), "t_end", n_accepted, n_rejected, None)
         # Running ahead failed somewhere: go as far as this piece needs.
         max_evals -= objective.counts.n_grad - spent
 
@@ -112,6 +114,32 @@ def advance(
         n_rejected + end.n_rejected,
         end,
     )
+
+
+def value_between(
+    method: ExplicitMethod, objective: Objective, window: HermiteWindow, t: float, rtol: float, atol: float
+) -> tuple[Tensor, bool]:
+    """θ(t) within a window, and whether it is the window's polynomial.
+
+    Where that is not accurate to the tolerance (the steps of dopri8 can be longer than any polynomial bridges), a step
+    from the last accepted point before t is taken instead.
+    """
+    theta, error = window.with_error(t, rtol, atol)
+    if error <= 1.0 or t in window.times:
+        return theta, True
+    i = sum(t_i <= t for t_i in window.times) - 1
+    start = Knot(window.times[i], window.theta[i], theta.new_zeros(()), window.gradient[i])
+    end = method.run(
+        objective,
+        start,
+        t,
+        rtol=rtol,
+        atol=atol,
+        step_size=t - start.t,
+        visit=lambda knot, step_size: False,
+        max_evals=1000,
+    )
+    return (end.knot.theta, False) if end.status == "t_end" else (theta, True)
 
 
 def replace_gradient(knot: Knot, objective: Objective) -> Knot:

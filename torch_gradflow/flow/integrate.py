@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_gradflow.checks import check_count, check_number
+from torch_gradflow.flow.continuation import value_between
 from torch_gradflow.flow.dense import HermiteWindow
 from torch_gradflow.flow.explicit import ExplicitMethod, RunEnd, find_method
 from torch_gradflow.flow.progress import Progress, as_progress, check_progress
@@ -268,9 +269,13 @@ class FlowRun:
             if exact and (self.method.first_same_as_last or exact[0].t == self._t0):
                 self._samples.append(exact[0])
             else:
-                theta = exact[0].theta if exact else HermiteWindow.through(self._recent)(at)
+                theta = exact[0].theta if exact else self._between(at)
                 self._samples.append(Knot(at, theta, *self._objective.loss_and_gradient(theta)))
             self._next_eval += 1
+
+    def _between(self, t: float) -> Tensor:
+        window = HermiteWindow.through(self._recent)
+        return value_between(self.method, self._objective, window, t, self._rtol, self._atol)[0]
 
     def _keep(self, knot: Knot) -> None:
         if not self.method.first_same_as_last and knot.t != self._t0:

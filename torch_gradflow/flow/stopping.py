@@ -148,7 +148,7 @@ def begin_all(stop: StoppingRule | list[StoppingRule] | tuple[StoppingRule, ...]
     rules = list(stop) if isinstance(stop, list | tuple) else [] if stop is None else [stop]
     for rule in rules:
         if not isinstance(rule, StoppingRule):
-            raise TypeError(f"stop must be a stopping rule or a list of them, not {rule!r}; see torch_gradflow.stopping.")
+            raise TypeError(f"stop must be a stopping rule or a list of them, not {rule!r}; for instance WallTime(60).")
     checks = [rule.begin() for rule in rules]
 
     def check(report: FlowReport) -> str | None:

@@ -163,3 +163,27 @@ def _samples(x: Any) -> int:
 
 def _to(item: Any, device: torch.device) -> Any:
     return item.to(device) if isinstance(item, Tensor) else item
+
+
+def hessian(model: nn.Module, loss_fn: LossFunction, data: tuple[Tensor, Tensor] | Iterable[Batch], **options: Any) -> Tensor:
+    """The Hessian of a model's loss at its present parameters, confirmed against differences of the gradient.
+
+    Args:
+        model: As for ``ModuleObjective``, in whose order of parameters rows and columns stand.
+        loss_fn: As for ``ModuleObjective``.
+        data: As for ``ModuleObjective``.
+        options: Further arguments of ``ModuleObjective``.
+
+    Returns:
+        A symmetric matrix of shape ``(P, P)``.
+    """
+    objective = ModuleObjective(model, loss_fn, data, **options)
+    return objective.hessian(objective.initial_theta())
+
+
+def hessian_spectrum(
+    model: nn.Module, loss_fn: LossFunction, data: tuple[Tensor, Tensor] | Iterable[Batch], **options: Any
+) -> Tensor:
+    """The eigenvalues of ``hessian(...)``, ascending, shape ``(P,)``."""
+    values: Tensor = torch.linalg.eigvalsh(hessian(model, loss_fn, data, **options))
+    return values

@@ -27,6 +27,7 @@ DEFAULTS: dict[str, Any] = {
     "expected_loss": math.nan,
     "knot_times": [],
     "seen": 0,
+    "interpolated": True,
     "moved_at": [],
 }
 
@@ -46,7 +47,7 @@ class Carried:
     def continues(self, theta: Tensor, scale: Tensor) -> bool:
         """Whether the parameters are still where the flow left them; θ = ``scale`` φ."""
         window = self.state.window
-        return window is None or torch.equal(window(self.state.here.t) * scale, theta)
+        return window is None or not self.state.interpolated or torch.equal(window(self.state.here.t) * scale, theta)
 
 
 def reference_lr(optimizer: Optimizer) -> float:
@@ -88,7 +89,8 @@ def read(optimizer: Optimizer, active: ActiveParameters, n_knots: int) -> Carrie
     if group["knot_times"]:
         knots = torch.cat([s["knots"].reshape(2 * n_knots, -1) for s in states], dim=1)
         window = HermiteWindow(tuple(group["knot_times"]), knots[:n_knots], knots[n_knots:])
-    return Carried(Continuation(here, step_size(optimizer), window), int(group["seen"]))
+    state = Continuation(here, step_size(optimizer), window, bool(group["interpolated"]))
+    return Carried(state, int(group["seen"]))
 
 
 def write(optimizer: Optimizer, active: ActiveParameters, state: Continuation, seen: int) -> None:
@@ -112,6 +114,7 @@ def write(optimizer: Optimizer, active: ActiveParameters, state: Continuation, s
         expected_loss=float(state.here.loss),
         knot_times=[] if window is None else list(window.times),
         seen=seen,
+        interpolated=state.interpolated,
         moved_at=_speeds(optimizer),
     )
 
