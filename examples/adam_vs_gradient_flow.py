@@ -98,7 +98,7 @@ def digits() -> Problem:
 
     cross_entropy = nn.functional.cross_entropy
     return Problem(
-        "digits", x[train], y[train], x[test], y[test], 8, 10, cross_entropy, wrong, "fraction wrong", 1e-2, 2.5, 400
+        "digits", x[train], y[train], x[test], y[test], 8, 10, cross_entropy, wrong, "fraction wrong", 1e-2, 2.5, 200
     )
 
 
