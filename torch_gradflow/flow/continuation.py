@@ -18,6 +18,10 @@ from torch_gradflow.flow.explicit import ExplicitMethod, RunEnd
 from torch_gradflow.flow.solution import Knot
 from torch_gradflow.objectives.base import Objective
 
+# The largest defect of an interpolated point, times the step, in units of the tolerance: the error was
+# measured at up to three times it.
+ALLOWED_DEFECT = 3.0
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -27,13 +31,11 @@ class Continuation:
         here: The present point, with loss and gradient.
         step_size: The controller's next step size, None at the very start.
         window: Accepted points around and ahead of the present, or None.
-        interpolated: Whether the present point is the window's own value there.
     """
 
     here: Knot
     step_size: float | None
     window: HermiteWindow | None
-    interpolated: bool = True
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,24 @@ def advance(
     n_accepted = n_rejected = 0
     if ahead:
         window, step_size = state.window, state.step_size
-        spent = objective.counts.n_grad
+        spent, reached = objective.counts.n_grad, [state.here]
+
+        def reach(knot: Knot) -> None:
+            reached.append(knot)
+            on_accept(knot)
+
         if window is None or not window.covers(target):
-            window, end = _extend(method, objective, state, target, rtol, atol, max_evals, on_accept)
+            window, end = _extend(method, objective, state, target, rtol, atol, max_evals, reach)
             step_size, n_accepted, n_rejected = end.step_size, end.n_accepted, end.n_rejected
         if window is not None:
-            theta, interpolated = value_between(method, objective, window, target, rtol, atol)
-            here = Knot(target, theta, *objective.loss_and_gradient(theta))
-            return Piece(Continuation(here, step_size, window, interpolated), "t_end", n_accepted, n_rejected, None)
-        # Running ahead failed somewhere: go as far as this piece needs.
+            here = point_between(method, objective, window, target, rtol, atol)
+            return Piece(Continuation(here, step_size, window), "t_end", n_accepted, n_rejected, None)
+        # Running ahead failed somewhere: go on, as far as this piece needs, from the last point on the way.
         max_evals -= objective.counts.n_grad - spent
+        state = Continuation(reached[-1], step_size, None)
+        if max_evals <= 0:
+            end = replace(end, status="max_evals", knot=reached[-1])
+            return Piece(state, end.status, n_accepted, n_rejected, end)
 
     def visit(knot: Knot, _: float) -> bool:
         on_accept(knot)
@@ -102,7 +112,7 @@ def advance(
         atol=atol,
         step_size=state.step_size,
         visit=visit,
-        max_evals=max(1.0, max_evals),
+        max_evals=max_evals,
     )
     here = end.knot
     if not method.first_same_as_last and end.n_accepted:
@@ -116,19 +126,26 @@ def advance(
     )
 
 
-def value_between(
+def point_between(
     method: ExplicitMethod, objective: Objective, window: HermiteWindow, t: float, rtol: float, atol: float
-) -> tuple[Tensor, bool]:
-    """θ(t) within a window, and whether it is the window's polynomial.
+) -> Knot:
+    """The flow at t within a window, with loss and gradient.
 
-    Where that is not accurate to the tolerance (the steps of dopri8 can be longer than any polynomial bridges), a step
+    The window's polynomial p serves where its defect p' + ∇L(p), which costs the one gradient that is wanted anyway, is
+    small: the defect times the distance of the accepted points around t bounds the error, roughly. Where it is larger
+    than the tolerance (steps of dopri8 can be longer than a polynomial bridges, and the first steps grow fast), a step
     from the last accepted point before t is taken instead.
     """
-    theta, error = window.with_error(t, rtol, atol)
-    if error <= 1.0 or t in window.times:
-        return theta, True
+    theta, slope = window.value_and_slope(t)
+    loss, gradient = objective.loss_and_gradient(theta)
+    polynomial = Knot(t, theta, loss, gradient)
+    if t in window.times:
+        return polynomial
     i = sum(t_i <= t for t_i in window.times) - 1
-    start = Knot(window.times[i], window.theta[i], theta.new_zeros(()), window.gradient[i])
+    defect = (slope + gradient) * (window.times[i + 1] - window.times[i]) / (atol + rtol * theta.abs())
+    if float(defect.square().mean().sqrt()) <= ALLOWED_DEFECT:
+        return polynomial
+    start = Knot(window.times[i], window.theta[i], loss, window.gradient[i])
     end = method.run(
         objective,
         start,
@@ -139,7 +156,9 @@ def value_between(
         visit=lambda knot, step_size: False,
         max_evals=1000,
     )
-    return (end.knot.theta, False) if end.status == "t_end" else (theta, True)
+    if end.status != "t_end":
+        return polynomial
+    return end.knot if method.first_same_as_last else replace_gradient(end.knot, objective)
 
 
 def replace_gradient(knot: Knot, objective: Objective) -> Knot:
@@ -163,7 +182,7 @@ def _extend(
 
     def visit(knot: Knot, step_size: float) -> bool:
         knots.append(knot)
-        if knot.t <= target:
+        if state.here.t < knot.t <= target:
             on_accept(knot)
         return knot.t >= target and len(knots) >= method.n_knots
 

@@ -43,49 +43,33 @@ class HermiteWindow:
 
     def __call__(self, t: float) -> Tensor:
         """θ(t) for t within the window, shape ``(P,)``."""
-        return self._combine([self._weights(t, self._stencil(t))])[0]
+        return self.value_and_slope(t)[0]
 
-    def with_error(self, t: float, rtol: float, atol: float) -> tuple[Tensor, float]:
-        """θ(t), and an estimate of its error in units of the tolerance (root mean square over the parameters).
+    def value_and_slope(self, t: float) -> tuple[Tensor, Tensor]:
+        """The polynomial p and its derivative p' at t, both of shape ``(P,)``."""
+        weights = self.theta.new_tensor(self._weights(t))
+        value, slope = weights @ torch.cat([self.theta, self.gradient])
+        return value, slope
 
-        Polynomials through one and two points fewer converge geometrically where the points are dense enough: with their
-        distances d₁ = |p_s − p_{s−1}| and d₂ = |p_{s−1} − p_{s−2}| the error is about d₁²/d₂. Cubics (s = 2) serve methods of
-        so low an order that their steps are short; no error is estimated for them.
+    def _weights(self, t: float) -> list[list[float]]:
+        """The weights of all θ_i and ∇L_i in p(t) and in p'(t); zero outside of the stencil.
+
+        With the Lagrange polynomials l_i: p(t) = Σ (1 − 2 (t − t_i) l_i'(t_i)) l_i(t)² θ_i + (t − t_i) l_i(t)² θ_i'.
         """
-        widest = self._stencil(t)
-        stencils = [widest]
-        while len(stencils) < 3 and stencils[-1].stop - stencils[-1].start > 1:
-            stencils.append(self._without_farthest(t, stencils[-1]))
-        values = self._combine([self._weights(t, stencil) for stencil in stencils])
-        if len(self.times) < 3:
-            return values[0], 0.0
-        scale = atol + rtol * values[0].abs()
-        near, far = (float(((values[k] - values[k + 1]) / scale).square().mean().sqrt()) for k in (0, 1))
-        return values[0], near * min(1.0, near / far) if far > 0 else near
-
-    def _combine(self, weights: list[list[float]]) -> Tensor:
-        return self.theta.new_tensor(weights) @ torch.cat([self.theta, self.gradient])
-
-    def _weights(self, t: float, stencil: slice) -> list[float]:
-        """The weights of all θ_i and ∇L_i in θ(t); zero outside of the stencil.
-
-        With the Lagrange polynomials l_i: θ(t) = Σ (1 − 2 (t − t_i) l_i'(t_i)) l_i(t)² θ_i + (t − t_i) l_i(t)² θ_i'.
-        """
-        n = len(self.times)
-        weights = [0.0] * (2 * n)
+        n, stencil = len(self.times), self._stencil(t)
+        value, slope = [0.0] * (2 * n), [0.0] * (2 * n)
         for i in range(stencil.start, stencil.stop):
             t_i = self.times[i]
             others = [self.times[j] for j in range(stencil.start, stencil.stop) if j != i]
-            lagrange = math.prod((t - t_j) / (t_i - t_j) for t_j in others)
-            derivative = sum(1 / (t_i - t_j) for t_j in others)
-            weights[i] = (1 - 2 * (t - t_i) * derivative) * lagrange**2
-            weights[n + i] = -(t - t_i) * lagrange**2
-        return weights
-
-    def _without_farthest(self, t: float, stencil: slice) -> slice:
-        if abs(t - self.times[stencil.start]) > abs(t - self.times[stencil.stop - 1]):
-            return slice(stencil.start + 1, stencil.stop)
-        return slice(stencil.start, stencil.stop - 1)
+            factors = [(t - t_j) / (t_i - t_j) for t_j in others]
+            lagrange = math.prod(factors)
+            change = sum(math.prod(factors[:k] + factors[k + 1 :]) / (t_i - t_k) for k, t_k in enumerate(others))  # l_i'(t)
+            bend = sum(1 / (t_i - t_j) for t_j in others)  # l_i'(t_i)
+            linear = 1 - 2 * (t - t_i) * bend
+            value[i], slope[i] = linear * lagrange**2, 2 * lagrange * (linear * change - bend * lagrange)
+            value[n + i] = -(t - t_i) * lagrange**2
+            slope[n + i] = -(lagrange**2) - 2 * (t - t_i) * lagrange * change
+        return [value, slope]
 
     def _stencil(self, t: float) -> slice:
         """The points to use: those around t whose intervals are not so much shorter than t's own that rounding grows."""

@@ -21,6 +21,8 @@ from torchdiffeq import odeint
 from torch_gradflow.flow.solution import Knot
 from torch_gradflow.objectives.base import Objective
 
+# Trial steps into regions without finite values after which a flow that hardly advances any more is given up.
+PATIENCE = 40
 # Called with an accepted point and the step size to come; True ends the run there.
 Visit = Callable[[Knot, float], bool]
 RunStatus = Literal["t_end", "visit", "max_evals", "underflow", "not finite"]
@@ -90,12 +92,16 @@ class ExplicitMethod:
             max_step: The longest step.
         """
         state = _Run(self, objective, start, visit, max_evals, step_size)
+        failures: list[float] = []
         while True:
             end = self._segment(state, t_end, rtol, atol, max_step)
             if end != "not finite":
                 return RunEnd(end, state.knot, state.step_size or 0.0, state.n_accepted, state.n_rejected)
             # A trial step left the region where L is finite: try again from the last accepted point, shorter.
             state.n_rejected += 1
+            failures.append(state.knot.t)
+            if len(failures) > PATIENCE and failures[-1] - failures[-PATIENCE] <= 1e-3 * (failures[-1] - start.t):
+                return RunEnd("not finite", state.knot, state.step_size or 0.0, state.n_accepted, state.n_rejected)
             state.step_size = 0.2 * (state.tried if state.tried > 0 else state.step_size or 1.0)
             if state.knot.t + state.step_size * 1e-3 == state.knot.t or state.step_size < 1e-300:
                 return RunEnd("not finite", state.knot, state.step_size, state.n_accepted, state.n_rejected)
@@ -116,6 +122,9 @@ class ExplicitMethod:
                 path = odeint(state, state.knot.theta, times, rtol=rtol, atol=atol, method=self.name, options=options)
         except _EndOfSegment as end:
             return end.status
+        if not bool(torch.isfinite(state.last.loss)) or not bool(torch.isfinite(state.last.gradient).all()):
+            state.n_accepted -= 1
+            return "not finite"
         state.accept(path[-1] if not self.first_same_as_last else state.last.theta, t_end)
         return "t_end"
 
@@ -177,9 +186,10 @@ class _Run:
         step_size = float(dt)
         if self._accepted:
             self._accepted = False
-            self.accept(theta, self._origin + float(t0))
-            if not bool(torch.isfinite(self.knot.gradient).all()):
+            if not bool(torch.isfinite(self.last.loss)) or not bool(torch.isfinite(self.last.gradient).all()):
+                self.n_accepted -= 1
                 raise _EndOfSegment("not finite")
+            self.accept(theta, self._origin + float(t0))
             if step_size > 0 and self._visit(self.knot, step_size):
                 self.step_size = step_size
                 raise _EndOfSegment("visit")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torch_gradflow.checks import check_count, check_number
-from torch_gradflow.flow.continuation import value_between
+from torch_gradflow.flow.continuation import point_between, replace_gradient
 from torch_gradflow.flow.dense import HermiteWindow
 from torch_gradflow.flow.explicit import ExplicitMethod, RunEnd, find_method
 from torch_gradflow.flow.progress import Progress, as_progress, check_progress
@@ -177,6 +177,8 @@ class FlowRun:
                 return
             end = self._integrate()
             self.last, self._end, self._step_size = end.knot, end, end.step_size
+            if not self.method.first_same_as_last and end.n_accepted:
+                self.last = replace_gradient(end.knot, self._objective)
             self._n_accepted = end.n_accepted
             self._sample_end()
             self.status, self.message = self._describe(end)
@@ -269,17 +271,16 @@ class FlowRun:
             if exact and (self.method.first_same_as_last or exact[0].t == self._t0):
                 self._samples.append(exact[0])
             else:
-                theta = exact[0].theta if exact else self._between(at)
-                self._samples.append(Knot(at, theta, *self._objective.loss_and_gradient(theta)))
+                self._samples.append(replace_gradient(exact[0], self._objective) if exact else self._between(at))
             self._next_eval += 1
 
-    def _between(self, t: float) -> Tensor:
+    def _between(self, t: float) -> Knot:
         window = HermiteWindow.through(self._recent)
-        return value_between(self.method, self._objective, window, t, self._rtol, self._atol)[0]
+        return point_between(self.method, self._objective, window, t, self._rtol, self._atol)
 
     def _keep(self, knot: Knot) -> None:
         if not self.method.first_same_as_last and knot.t != self._t0:
-            knot = Knot(knot.t, knot.theta, *self._objective.loss_and_gradient(knot.theta))
+            knot = replace_gradient(knot, self._objective)
         self._samples.append(knot)
         elapsed = knot.t - self._t0
         self._next_sample = self._t0 + elapsed * 10 ** (1 / SAMPLES_PER_DECADE) if elapsed > 0 else self._t0
@@ -293,6 +294,11 @@ class FlowRun:
             elapsed=time.perf_counter() - self._began,
             step_size=step_size,
         )
+
+    @property
+    def grad_norm(self) -> float:
+        """‖∇L‖ at the last accepted point, in the infinity norm."""
+        return self._grad_norm(self.last.gradient)
 
     def _grad_norm(self, gradient: Tensor) -> float:
         return float((gradient if self._scale is None else gradient / self._scale).abs().max())

@@ -52,6 +52,7 @@ def minimize(
         ValueError: For arguments that make no sense.
         MemoryError: If dense Hessians would not fit into memory, before anything is allocated.
         FloatingPointError: If loss or gradient are not finite at ``theta0``.
+        DerivativeError: If the Hessian there cannot be had, or is not finite.
     """
     run = MinimizeRun(
         objective,
@@ -109,7 +110,7 @@ class MinimizeRun:
         try:
             self._iterate(bar)
             if self._wants_certificate:
-                self.certificate = certify(self._objective, self.last.theta, gtol=self._gtol)
+                self._certify()
         except KeyboardInterrupt:
             self.status = "interrupted"
             self.message = f"Interrupted by the user after {self.n_iter} iterations; this is the best point so far."
@@ -157,6 +158,12 @@ class MinimizeRun:
             if self.n_iter >= self._max_iter:
                 self._finish("max_iter", f"max_iter={self._max_iter} was reached while {self._speed()}")
                 return
+
+    def _certify(self) -> None:
+        try:
+            self.certificate = certify(self._objective, self.last.theta, gtol=self._gtol)
+        except RuntimeError as error:  # the point stands, whatever its Hessian is
+            self.message = f"{self.message} No certificate: {str(error).splitlines()[0]}"
 
     def _finish(self, status: MinimizeStatus, why: str) -> None:
         norm = f"the gradient norm is {self._grad_norm():.2e}"

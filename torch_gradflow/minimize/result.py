@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torch_gradflow.minimize.certificate import CriticalPoint
 
-MinimizeStatus = Literal["converged", "rounding", "max_iter", "not finite", "interrupted", "failed"]
+MinimizeStatus = Literal["converged", "rounding", "max_iter", "interrupted", "failed"]
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,7 @@ class MinimizeResult:
         n_hvp: Hessian–vector products evaluated.
         n_hessian: Dense Hessians evaluated, those of the certificate included.
         status: "converged" (gradient norm at most gtol), "rounding" (rounding errors hide any further progress),
-            "max_iter", "not finite" (loss or derivatives overflow), "interrupted" (Ctrl-C), "failed" (an exception in the
-            objective, which is raised).
+            "max_iter", "interrupted" (Ctrl-C), "failed" (an exception in the objective, which is raised).
         message: The same as a sentence, with how fast it was converging where it did not arrive.
         method: The minimiser.
         certificate: What kind of point this is, or None where it was not asked for or the run was cut off.

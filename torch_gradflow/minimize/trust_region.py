@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_gradflow.objectives.base import Objective
+from torch_gradflow.objectives.base import DerivativeError, Objective
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,10 @@ class TrustRegionNewton:
         radius = 0.1 * (1.0 + float(theta.norm()))
         largest = 1e3 * radius
         rejections = 0
-        values, vectors = torch.linalg.eigh(objective.hessian(theta))
+        hessian = objective.hessian(theta)
+        if not bool(torch.isfinite(hessian).all()):
+            raise DerivativeError("the Hessian is not finite at the start: the loss is not twice differentiable there.")
+        values, vectors = torch.linalg.eigh(hessian)
         while True:
             components = vectors.T @ gradient
             step, predicted = solve_subproblem(values, components, radius)
@@ -79,6 +82,11 @@ class TrustRegionNewton:
             else:
                 ratio = float(loss - new_loss) / predicted
                 accepted = ratio > self.accept
+                # A loss that is the difference of larger numbers is rounded more coarsely than its size tells.
+                newton = float(values[0]) > 0 and length < 0.99 * radius
+                if not accepted and newton and abs(float(new_loss - loss)) <= 1e3 * eps:
+                    accepted = float(new_gradient.norm()) < 0.5 * float(gradient.norm())
+                    ratio = 1.0 if accepted else ratio
             if ratio < self.shrink_below:
                 radius = 0.25 * length
             elif ratio > self.grow_above and length > 0.9 * radius:
@@ -90,7 +98,7 @@ class TrustRegionNewton:
                     hessian = objective.hessian(theta)
                     if bool(torch.isfinite(hessian).all()):
                         values, vectors = torch.linalg.eigh(hessian)
-            stuck = (rounding and rejections >= self.max_rejections) or radius <= eps * float(theta.norm()) * 1e-2
+            stuck = (rounding and rejections >= self.max_rejections) or not radius > eps * float(theta.norm()) * 1e-2
             yield Iterate(theta, loss, gradient, float(values[0]), radius, stuck)
 
 

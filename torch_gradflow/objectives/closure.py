@@ -53,6 +53,7 @@ class ClosureMemory:
         structure: The structure of the program that was replayed last.
         second_derivatives: The confirmed path to second derivatives of programs of that structure.
         not_a_gradient: How the gradients were seen not to be those of the loss, or "".
+        distrusted: Structures of programs that were seen not to be the closure, each with the reason.
         said: Warnings already given.
     """
 
@@ -62,6 +63,7 @@ class ClosureMemory:
     structure: tuple[Any, ...] = ()
     second_derivatives: SecondDerivatives | None = None
     not_a_gradient: str = ""
+    distrusted: dict[tuple[Any, ...], str] = field(default_factory=dict)
     said: set[str] = field(default_factory=set)
 
     def warn_once(self, message: str) -> None:
@@ -96,12 +98,12 @@ class OpenedClosure:
     unchanged: bool
     _parameters: Sequence[Tensor]
     _layout: ParameterLayout
-    _gradients: Sequence[Tensor | None]
+    _gradients: Sequence[tuple[Tensor, Tensor | None]]
 
     def finish(self, theta: Tensor) -> None:
         """Put θ into the parameters and the gradient at the start back into ``.grad``."""
         self._layout.write(theta, self._parameters)
-        for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
+        for parameter, gradient in self._gradients:
             parameter.grad = gradient
 
 
@@ -115,6 +117,7 @@ def open_closure(
     engine: Engine = "auto",
     theta: Tensor | None = None,
     expected: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
+    bystanders: Sequence[Tensor] = (),
 ) -> OpenedClosure:
     """Call ``closure`` once and make its loss an Objective of the flat vector of ``parameters``.
 
@@ -126,6 +129,7 @@ def open_closure(
         counts: Where evaluations are counted.
         engine: "auto", or one that must serve.
         theta: θ in ``layout.dtype`` where it is known more precisely than the parameters hold it.
+        bystanders: Further tensors whose ``.grad`` is to be that of the start afterwards.
         expected: Whether (loss, gradient, θ) at the start are those that an unchanged objective would give.
 
     Raises:
@@ -146,8 +150,8 @@ def open_closure(
     if returned is None and untouched:
         raise NoClosure
     _check_backward(parameters, recorder, untouched)
-    gradients = [None if p.grad is None else p.grad.detach().clone() for p in parameters]
-    gradient = layout.flatten(gradients)
+    gradients = [None if p.grad is None else p.grad.detach().clone() for p in (*parameters, *bystanders)]
+    gradient = layout.flatten(gradients[: len(parameters)])
     loss = loss_of(returned, recorder.loss, layout)
     if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(gradient).all()):
         raise FloatingPointError(
@@ -160,10 +164,15 @@ def open_closure(
     program, reason = (None, "engine='closure' was asked for") if engine == "closure" else _usable(recorder, returned)
     resolution = layout.resolution(recorder.autocast)
     replay: FunctionObjective | None = None
+    doubt = None if program is None else memory.distrusted.get(program.structure())
+    if doubt is not None:
+        program, reason = None, doubt
     if program is not None:
         if program.structure() != memory.structure:
             memory.structure, memory.second_derivatives = program.structure(), None
-        known = memory.program is not None and unchanged and memory.program.same_function_as(program)
+        # Without a program in memory (after a restart) loss and gradient alone have to tell.
+        unchanged = unchanged and (memory.program is None or memory.program.same_function_as(program))
+        known = memory.program is not None and unchanged
         replay = replayed(program, layout, counts, resolution, memory.second_derivatives)
         wide = any(dtype != layout.dtype for dtype in layout.dtypes)
         if not known or wide:
@@ -185,7 +194,7 @@ def open_closure(
         unchanged,
         parameters,
         layout,
-        gradients,
+        list(zip((*parameters, *bystanders), gradients, strict=True)),
     )
     if memory.check and not memory.checked:
         try:
@@ -303,6 +312,7 @@ def _heed(
     if not report.replay_holds:
         opened.objective, opened.engine = again, "closure"
         opened.reason = "replayed at other parameters, the record differs from the closure (control flow, frozen numbers)"
+        memory.distrusted[memory.structure] = opened.reason
     memory.not_a_gradient = report.not_a_gradient
     if report.not_a_gradient:
         memory.warn_once(

@@ -73,6 +73,14 @@ class ModuleObjective(FunctionObjective):
         super().__init__(
             self._losses, self.layout.n_parameters, self.layout.dtype, self.layout.device, counts=EvaluationCounts()
         )
+        theta = self.initial_theta()
+        with torch.no_grad():
+            first, second = (float(next(iter(self._losses()))(theta)) for _ in range(2))
+        if abs(first - second) > 1e3 * self.resolution * abs(first):
+            raise ValueError(
+                f"model or loss_fn is stochastic: the same parameters and data gave the losses {first:.8g} and {second:.8g}. "
+                "Switch dropout off (model.eval())."
+            )
 
     def initial_theta(self) -> Tensor:
         """The model's present parameters, shape ``(P,)``."""
@@ -93,6 +101,8 @@ class ModuleObjective(FunctionObjective):
     def _loss(self, theta: Tensor, x: Any, y: Any) -> Tensor:
         parts = dict(zip(self._names, self.layout.split_as_parameters(theta), strict=True))
         values = {name: parts[known] for name, known in self._owners.items()}
+        if self._model.training:  # what BatchNorm writes is written to copies
+            values |= {name: buffer.detach().clone() for name, buffer in self._model.named_buffers()}
         return self._loss_fn(torch.func.functional_call(self._model, values, (x,), tie_weights=False), y).to(self.dtype)
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 # Reading a number or a truth value out of a tensor: what Python does with it cannot be replayed.
-_READS = frozenset({"item", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__"})
+_READS = frozenset({"item", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__", "__dlpack__"})
 _DECISIONS = frozenset({"__bool__", "is_nonzero", "equal", "allclose", "__contains__"})
 _RANDOM = frozenset(
     {
@@ -35,6 +35,8 @@ _RANDOM = frozenset(
 )
 # Functions that normalise with batch statistics, with the argument that says whether they do.
 _BATCH_STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
+# Functions whose result has a shape that depends on values.
+_SHAPED_BY_VALUES = frozenset({"nonzero", "argwhere", "unique", "unique_consecutive", "bincount", "nonzero_static"})
 _BOOKKEEPING = frozenset({"requires_grad_", "retain_grad"})
 _GRAD_GETTER = torch.Tensor.grad.__get__  # type: ignore[union-attr]  # the stubs know not that it is a descriptor
 _DATA_SETTER = torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -189,6 +191,9 @@ class Recorder(TorchFunctionMode):
         self._calls: list[Call] = []
         self._losses: list[RecordedLoss] = []
         self._constants: dict[int, tuple[Tensor, int]] = {}
+        # Tensors that were there before, by the storage that they and their views share.
+        self._outside: dict[int, Tensor] = {}
+        self._own_storage = {_storage_of(p) for p in parameters}
         # What was noticed; what came after the last backward does not matter.
         self._doubts: list[str] = []
         self._n_doubts = 0
@@ -244,14 +249,14 @@ class Recorder(TorchFunctionMode):
 
     def _record_backward(self, loss: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) -> None:
         self.n_backward += 1
+        self._n_calls, self._n_doubts = len(self._calls), len(self._doubts)
         value = loss.detach() if gradient is None else (loss.detach() * gradient).sum()
         self.loss = value.clone() if self.loss is None else self.loss + value
         slot = self._slot(loss)
         if slot is None or slot < 0:
-            self._doubt("backward was called on a tensor that was not computed from the parameters by torch functions")
+            self._doubt_now("backward was called on a tensor that was not computed from the parameters by torch functions")
             return
         self._losses.append(RecordedLoss(slot, None if gradient is None else gradient.detach().clone()))
-        self._n_calls, self._n_doubts = len(self._calls), len(self._doubts)
 
     def _record(
         self,
@@ -275,6 +280,9 @@ class Recorder(TorchFunctionMode):
             args, kwargs, statistics = _without_running_statistics(name, args, kwargs)
             written = [(t, s) for t, s in written if all(t is not b for b in statistics)]
             self._note_outside_writes((t, self._slot(t)) for t in statistics)
+        for tensor, slot in zip(operands, slots, strict=True):
+            if slot is None:
+                self._outside.setdefault(_storage_of(tensor), tensor)
         self._note_outside_writes(written)
         if not depends:
             for tensor in results:
@@ -288,8 +296,13 @@ class Recorder(TorchFunctionMode):
             self._doubt(f"it reads a number out of a tensor that depends on the parameters ({how})")
         if not results and not written:
             return
-        if any(slot is not None and 0 <= slot < len(self._parameters) for _, slot in written):
+        if any(_storage_of(tensor) in self._own_storage for tensor, _ in written):
             self._doubt("it writes to a parameter in place")
+        if any(slot is None or slot < 0 for _, slot in written):
+            self._spoil([*(t for t, _ in written), *results])
+            return
+        if self._is_shaped_by_values(name, operands, slots):
+            self._doubt(f"the shape of a result depends on values ({name})")
         if name in _RANDOM and _draws(name, args, kwargs, results):
             self._doubt(f"it draws random numbers ({name})")
         if any(t.is_inference() for t in results):
@@ -322,22 +335,30 @@ class Recorder(TorchFunctionMode):
                 in_place=bool(written),
             )
         )
-        # A value that is written to keeps its slot (the replay writes to it too), unless nothing replays that value.
-        for tensor, written_slot in written:
-            if written_slot is None or written_slot < 0:
-                self._spoil(tensor)
+
+    @staticmethod
+    def _is_shaped_by_values(name: str, operands: list[Tensor], slots: list[int | None]) -> bool:
+        masks = (t for t, s in zip(operands[1:], slots[1:], strict=True) if s is not None and s >= 0)
+        if name in ("__getitem__", "masked_select"):
+            return any(t.dtype in (torch.bool, torch.uint8) for t in masks)
+        return name in _SHAPED_BY_VALUES or (name == "where" and len(operands) == 1)
 
     def _note_outside_writes(self, written: Iterable[tuple[Tensor, int | None]]) -> None:
         for tensor, slot in written:
-            if slot is None and all(tensor is not known for known in self.written):
-                self.written.append(tensor)
+            base = tensor if slot is None else self._outside.get(_storage_of(tensor))
+            if base is not None and all(base is not known for known in self.written):
+                self.written.append(base)
 
-    def _spoil(self, tensor: Tensor) -> None:
-        """From now on ``tensor``, made without the parameters, holds a value that cannot be replayed."""
+    def _spoil(self, tensors: list[Tensor]) -> None:
+        """From now on these tensors, made without the parameters, hold values that cannot be replayed.
+
+        The call that wrote them is not replayed either: it may write to what is not ours (a running mean).
+        """
         obstacle = "it writes values that depend on the parameters into a tensor that was made without them"
-        slot = self._new_slot()
-        self._name(tensor, slot)
-        self._calls.append(Call(torch.Tensor.copy_, (), {}, (slot,), True, None, False, obstacle))
+        slots = tuple(self._new_slot() for _ in tensors)
+        for tensor, slot in zip(tensors, slots, strict=True):
+            self._name(tensor, slot)
+        self._calls.append(Call(torch.Tensor.copy_, (), {}, slots, True, None, False, obstacle))
 
     def program(self, returned: Any = None) -> Program | None:
         """What was recorded, pruned to what L needs; None where no loss was seen.
@@ -420,6 +441,14 @@ def _draws(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], results:
 def version_of(tensor: Tensor) -> int:
     """The counter that every in-place write to a tensor advances; inference tensors have none."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def _storage_of(tensor: Tensor) -> int:
+    """What a tensor shares with its views."""
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse tensors, and those that dynamo traces with, have none
+        return id(tensor)
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:

@@ -1,6 +1,7 @@
 """What a flow carries from one optimizer step to the next, kept where torch keeps an optimizer's state.
 
-Tensors stand in ``optimizer.state[parameter]`` in the parameter's shape (so checkpoints of any kind know them): "slope",
+Tensors stand in ``optimizer.state[parameter]`` in the parameter's shape (so checkpoints of any kind know them): "theta", where
+the last step left the parameter, in the type in which the flow is computed; "slope",
 the gradient to be expected at the next step if nothing changes, and "knots", the accepted points around and ahead of the
 present, θ first, then gradients. Plain numbers stand in the parameter groups, the same in each. All of it is in the
 coordinates φ = θ/√d of the flow. Nothing is held anywhere else, so that a resumed flow continues bit for bit.
@@ -27,7 +28,6 @@ DEFAULTS: dict[str, Any] = {
     "expected_loss": math.nan,
     "knot_times": [],
     "seen": 0,
-    "interpolated": True,
     "moved_at": [],
 }
 
@@ -43,11 +43,6 @@ class Carried:
 
     state: Continuation
     seen: int
-
-    def continues(self, theta: Tensor, scale: Tensor) -> bool:
-        """Whether the parameters are still where the flow left them; θ = ``scale`` φ."""
-        window = self.state.window
-        return window is None or not self.state.interpolated or torch.equal(window(self.state.here.t) * scale, theta)
 
 
 def reference_lr(optimizer: Optimizer) -> float:
@@ -66,11 +61,10 @@ def initialise(optimizer: Optimizer, n_knots: int, dtype: torch.dtype) -> None:
         for p in group["params"]:
             if p.requires_grad and not optimizer.state[p]:
                 optimizer.state[p] = {
+                    "theta": p.detach().to(dtype, copy=True),
                     "slope": torch.zeros_like(p, dtype=dtype),
                     "knots": torch.zeros(2 * n_knots, *p.shape, dtype=dtype, device=p.device),
                 }
-                if p.dtype != dtype:
-                    optimizer.state[p]["theta"] = p.detach().to(dtype)
 
 
 def read(optimizer: Optimizer, active: ActiveParameters, n_knots: int) -> Carried | None:
@@ -89,8 +83,7 @@ def read(optimizer: Optimizer, active: ActiveParameters, n_knots: int) -> Carrie
     if group["knot_times"]:
         knots = torch.cat([s["knots"].reshape(2 * n_knots, -1) for s in states], dim=1)
         window = HermiteWindow(tuple(group["knot_times"]), knots[:n_knots], knots[n_knots:])
-    state = Continuation(here, step_size(optimizer), window, bool(group["interpolated"]))
-    return Carried(state, int(group["seen"]))
+    return Carried(Continuation(here, step_size(optimizer), window), int(group["seen"]))
 
 
 def write(optimizer: Optimizer, active: ActiveParameters, state: Continuation, seen: int) -> None:
@@ -114,7 +107,6 @@ def write(optimizer: Optimizer, active: ActiveParameters, state: Continuation, s
         expected_loss=float(state.here.loss),
         knot_times=[] if window is None else list(window.times),
         seen=seen,
-        interpolated=state.interpolated,
         moved_at=_speeds(optimizer),
     )
 

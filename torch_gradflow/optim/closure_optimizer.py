@@ -207,6 +207,7 @@ class ClosureOptimizer(Optimizer):
                 engine=self._settings.engine,
                 theta=theta,
                 expected=expected,
+                bystanders=[p for g in self.param_groups for p in g["params"] if all(p is not t for t in active.tensors)],
             )
         except NoClosure:
             raise RuntimeError(NO_CLOSURE.format(name=type(self).__name__)) from None
@@ -227,19 +228,16 @@ class ClosureOptimizer(Optimizer):
         return Penalties(active.expand("weight_decay") if decays else None, self._settings.max_norm, -1.0 if maximize else 1.0)
 
     def _known_theta(self, active: ActiveParameters) -> Tensor | None:
-        """The master copy of θ, where there is one and the parameters are still its rounded values."""
-        if all(dtype == active.layout.dtype for dtype in active.layout.dtypes):
+        """θ as the last step left it, if the parameters are still its (rounded) values."""
+        kept = [self.state[p].get("theta") for p in active.tensors]
+        if any(k is None or not torch.equal(k.to(p.dtype), p) for k, p in zip(kept, active.tensors, strict=True)):
             return None
-        copies = [self.state[p].get("theta") for p in active.tensors]
-        if any(copy is None or not torch.equal(copy.to(p.dtype), p) for copy, p in zip(copies, active.tensors, strict=True)):
-            return None
-        return active.layout.flatten(copies)
+        return active.layout.flatten(kept)
 
-    def _keep_master(self, active: ActiveParameters, theta: Tensor) -> None:
-        """Keep θ in its own type where the parameters are narrower."""
-        if any(dtype != active.layout.dtype for dtype in active.layout.dtypes):
-            for parameter, part in zip(active.tensors, active.layout.split(theta), strict=True):
-                self.state[parameter]["theta"] = part.clone()
+    def _keep_theta(self, active: ActiveParameters, theta: Tensor) -> None:
+        """Keep θ in its own type, to recognise it, and because the parameters may be narrower."""
+        for parameter, part in zip(active.tensors, active.layout.split(theta), strict=True):
+            self.state[parameter]["theta"] = part.clone()
 
 
 @dataclass

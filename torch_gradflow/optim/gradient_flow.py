@@ -171,16 +171,17 @@ class GradientFlow(ClosureOptimizer):
             return self._without_motion(closure)
         closure = self._require_closure(closure)
         problem = self._problem(active)
-        known = carried.read(self, active, self._method.n_knots)
+        theta = self._known_theta(active)
+        known = None if theta is None else carried.read(self, active, self._method.n_knots)
 
         def is_expected(loss: Tensor, gradient: Tensor, theta: Tensor) -> bool:
-            if known is None or not known.continues(theta, problem.scale):
+            if known is None:
                 return False
             found = problem.dress(loss, gradient, theta)
-            return agree(found, (known.state.here.loss, known.state.here.gradient), active.layout)
+            return agree(found, (known.state.here.loss, known.state.here.gradient), active.layout, tight=True)
 
         t = self.flow_time
-        with self._open(closure, active, theta=self._known_theta(active), expected=is_expected) as (opened, accepted):
+        with self._open(closure, active, theta=theta, expected=is_expected) as (opened, accepted):
             objective, start = problem.field(opened, t)
             rtol, atol, _ = tolerances(self._rtol, self._atol, objective.resolution)
             if known is not None and opened.unchanged:
@@ -210,7 +211,7 @@ class GradientFlow(ClosureOptimizer):
             on_accept(piece.state.here)
         self._initialise_state()
         carried.write(self, active, piece.state, seen)
-        self._keep_master(active, accepted.theta)
+        self._keep_theta(active, accepted.theta)
         self._note_step(opened, piece, problem)
         return opened.loss if opened.returned is None else opened.returned
 
@@ -278,9 +279,9 @@ class GradientFlow(ClosureOptimizer):
                 accepted.theta = run.last.theta * problem.scale
                 carried.forget(self, t + run.last.t, self.solution.step_size)
         self._initialise_state()
-        self._keep_master(active, accepted.theta)
+        self._keep_theta(active, accepted.theta)
         self._note(opened, self.solution.status, self.solution.message, self.solution.step_size)
-        self.stats.loss, self.stats.grad_norm = problem.sign * float(run.last.loss), float(self.solution.grad_norm[-1])
+        self.stats.loss, self.stats.grad_norm = problem.sign * float(run.last.loss), run.grad_norm
         self.stats.n_accepted += self.solution.n_accepted
         self.stats.n_rejected += self.solution.n_rejected
         return self.solution

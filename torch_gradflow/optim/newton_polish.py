@@ -125,15 +125,15 @@ class NewtonPolish(ClosureOptimizer):
                 accepted.theta = run.last.theta
                 found = run.result()
                 self.result = replace(found, loss=sign * found.loss)
-        self._keep_master(active, accepted.theta)
+        self._keep_theta(active, accepted.theta)
         if run.status == "interrupted":
             raise KeyboardInterrupt(run.message)
         return sign * run.last.loss
 
     def _initialise_state(self) -> None:
-        """A polish carries nothing from step to step but the master copy."""
+        """A polish carries nothing from step to step but θ in the type in which it computes."""
         dtype = self._working_dtype()
         for group in self.param_groups:
             for p in group["params"]:
-                if p.requires_grad and p.dtype != dtype and not self.state[p]:
-                    self.state[p] = {"theta": p.detach().to(dtype)}
+                if p.requires_grad and not self.state[p]:
+                    self.state[p] = {"theta": p.detach().to(dtype, copy=True)}
