@@ -140,7 +140,7 @@ def test_equal_steps_cost_at_most_twice_one_integration(method: str, n_steps: in
 
 
 def test_steps_far_below_the_natural_step_size_cost_one_gradient_each() -> None:
-    """At a hundredth of the natural step size, each step costs the closure's gradient and one more to confirm that nothing changed."""
+    """At a hundredth of the natural step size, a step costs the closure's gradient and one more for confirmation."""
     model, x, y = teacher_student(1)
     optimizer = GradientFlow(model.parameters(), lr=2e-4)
     closure = make_closure(optimizer, model, x, y)

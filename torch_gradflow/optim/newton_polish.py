@@ -26,7 +26,8 @@ class NewtonPolish(ClosureOptimizer):
     Args:
         params: Parameters or parameter groups, as for any torch optimizer; dense, real, on one device.
         lr: Only whether it is zero matters: ``lr=0`` freezes a group.
-        method: "auto" or "trust-region": exact trust-region Newton on dense Hessians from torch.func.
+        method: "auto" or "trust-region": exact trust-region Newton on dense Hessians (by torch.func, or by
+            double backward where torch.func fails or is wrong).
         gtol: Done when ‖∇L‖ in the infinity norm is at most this. float64 resolves 1e-13 on well-scaled problems; float32
             about 1e-5, and the status is then "rounding".
         max_iter: Most trial steps; None for 2000.
