@@ -245,6 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--figure", type=Path, default=Path("adam_vs_gradient_flow.png"))
     figure_path = parser.parse_args().figure
+    torch.set_num_threads(1)  # networks this small gain nothing from threads, and lose much on a busy machine
     problems = [diabetes(), digits()]
     figure, axes = plt.subplots(len(problems), 3, figsize=(14, 4 * len(problems)), layout="constrained")
     head = ["", "training loss", "|gradient|", "test error", "gradients", "seconds", "critical point"]
