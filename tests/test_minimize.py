@@ -143,22 +143,17 @@ def test_a_saddle_is_left() -> None:
         ("monkey", lambda t: t[0] ** 3 - 3 * t[0] * t[1] ** 2, (0.0, 0.0), "saddle"),
         ("curved fall", lambda t: (t[1] - t[0] ** 2) ** 2 - t[0] ** 6, (0.0, 0.0), "saddle"),
         ("slope", lambda t: (t**2).sum() + 1e-6 * t[0], (0.0, 0.0), "not critical"),
-        ("narrow ditch", lambda t: t[1] ** 2 + 1e-3 * torch.sin(1e9 * t[0] ** 2) * t[0] ** 4, (0.0, 0.0), None),
     ],
 )
 def test_kinds_of_critical_points(name: str, term: Callable[[Tensor], Tensor], theta: tuple[float, float], kind: str) -> None:
     """Each kind on a function for which it is known."""
     certificate = certify(objective_of(term, 2), vector(*theta))
-    assert certificate.kind == (kind or certificate.kind)
+    assert certificate.kind == kind
     assert certificate.message.lower().startswith(certificate.kind)
 
 
 def test_undecided_where_the_valley_floor_cannot_be_found() -> None:
-    """A null direction along which the other coordinates blow up gives no answer, and the certificate says so."""
-    term = lambda t: t[1] ** 2 * (1 + torch.exp(1e4 * t[0] ** 2)) + 0 * t[0]  # noqa: E731
-    shifted = lambda t: term(torch.stack([t[0], t[1] - t[0] ** 2]))  # noqa: E731
-    certificate = certify(objective_of(shifted, 2), vector(0.0, 0.0))
-    assert certificate.kind in ("degenerate (undecided)", "degenerate minimum")
+    """A null direction along which the loss has no value gives no answer, and the certificate says so."""
     wall = lambda t: t[1] ** 2 + torch.where(t[0].abs() > 5e-3, torch.nan, 0.0) * t[0]  # noqa: E731
     certificate = certify(objective_of(wall, 2), vector(0.0, 0.0))
     assert certificate.kind == "degenerate (undecided)"

@@ -12,7 +12,7 @@ from torch_gradflow.checks import check_count
 from torch_gradflow.objectives.base import EvaluationCounts
 from torch_gradflow.objectives.function import FunctionObjective
 from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters
-from torch_gradflow.objectives.record import tensors_in
+from torch_gradflow.objectives.trees import tensors_in
 
 Batch = tuple[Any, Any]
 LossFunction = Callable[[Any, Any], Tensor]

@@ -13,7 +13,7 @@ the recorder itself noticed; the rest shows in a comparison with ``.grad`` (see 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,6 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from torch_gradflow.objectives.trees import leaves_in, map_leaves, same, storage_of, tensors_in, version_of
 
 # Reading a number or a truth value out of a tensor: what Python does with it cannot be replayed.
 _READS = frozenset({"item", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__", "__dlpack__"})
@@ -68,6 +70,11 @@ class Call:
     autocast: torch.dtype | None
     in_place: bool
     obstacle: str = ""
+
+    def same_as(self, other: Call) -> bool:
+        """Whether both call the same function with equal arguments under the same modes."""
+        fields = ("function", "outputs", "grad_enabled", "autocast", "args", "kwargs")
+        return all(same(getattr(self, name), getattr(other, name)) for name in fields)
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,7 @@ class Program:
             return False
         if self.changed_constants() or other.changed_constants():
             return False
-        return all(_same(a, b) for a, b in zip(self.calls, other.calls, strict=True))
+        return all(a.same_as(b) for a, b in zip(self.calls, other.calls, strict=True))
 
     def structure(self) -> tuple[Any, ...]:
         """The names of the called functions, their flags, and how values flow between them; without numbers and data."""
@@ -193,7 +200,7 @@ class Recorder(TorchFunctionMode):
         self._constants: dict[int, tuple[Tensor, int]] = {}
         # Tensors that were there before, by the storage that they and their views share.
         self._outside: dict[int, Tensor] = {}
-        self._own_storage = {_storage_of(p) for p in parameters}
+        self._own_storage = {storage_of(p) for p in parameters}
         # What was noticed; what came after the last backward does not matter.
         self._doubts: list[str] = []
         self._n_doubts = 0
@@ -282,7 +289,7 @@ class Recorder(TorchFunctionMode):
             self._note_outside_writes((t, self._slot(t)) for t in statistics)
         for tensor, slot in zip(operands, slots, strict=True):
             if slot is None:
-                self._outside.setdefault(_storage_of(tensor), tensor)
+                self._outside.setdefault(storage_of(tensor), tensor)
         self._note_outside_writes(written)
         if not depends:
             for tensor in results:
@@ -296,7 +303,7 @@ class Recorder(TorchFunctionMode):
             self._doubt(f"it reads a number out of a tensor that depends on the parameters ({how})")
         if not results and not written:
             return
-        if any(_storage_of(tensor) in self._own_storage for tensor, _ in written):
+        if any(storage_of(tensor) in self._own_storage for tensor, _ in written):
             self._doubt("it writes to a parameter in place")
         if any(slot is None or slot < 0 for _, slot in written):
             self._spoil([*(t for t, _ in written), *results])
@@ -345,7 +352,7 @@ class Recorder(TorchFunctionMode):
 
     def _note_outside_writes(self, written: Iterable[tuple[Tensor, int | None]]) -> None:
         for tensor, slot in written:
-            base = tensor if slot is None else self._outside.get(_storage_of(tensor))
+            base = tensor if slot is None else self._outside.get(storage_of(tensor))
             if base is not None and all(base is not known for known in self.written):
                 self.written.append(base)
 
@@ -436,92 +443,3 @@ def _draws(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], results:
         floats = [a for a in args if isinstance(a, float)]
         return bool(floats and floats[0] > 0 and any(a is True for a in args[6:8]))
     return bool(results)
-
-
-def version_of(tensor: Tensor) -> int:
-    """The counter that every in-place write to a tensor advances; inference tensors have none."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
-def _storage_of(tensor: Tensor) -> int:
-    """What a tensor shares with its views."""
-    try:
-        return tensor.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse tensors, and those that dynamo traces with, have none
-        return id(tensor)
-
-
-def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
-    """``function`` of everything in nested tuples, lists, dictionaries and slices."""
-    if isinstance(tree, tuple):
-        mapped = [map_leaves(function, item) for item in tree]
-        return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)
-    if isinstance(tree, list):
-        return [map_leaves(function, item) for item in tree]
-    if isinstance(tree, dict):
-        return {key: map_leaves(function, item) for key, item in tree.items()}
-    if isinstance(tree, slice):
-        return slice(*(map_leaves(function, item) for item in (tree.start, tree.stop, tree.step)))
-    return function(tree)
-
-
-def leaves_in(tree: Any) -> Iterator[Any]:
-    """Everything in nested tuples (named ones and torch's return types among them), lists, dictionaries and slices."""
-    if isinstance(tree, tuple | list):
-        for item in tree:
-            yield from leaves_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from leaves_in(item)
-    elif isinstance(tree, slice):
-        yield from leaves_in((tree.start, tree.stop, tree.step))
-    else:
-        yield tree
-
-
-def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors among ``leaves_in``."""
-    found: list[Tensor] = []
-    _collect_tensors(tree, found)
-    return found
-
-
-def _collect_tensors(tree: Any, found: list[Tensor]) -> None:
-    # Written out, because it runs for every recorded call.
-    if isinstance(tree, Tensor):
-        found.append(tree)
-    elif isinstance(tree, tuple | list):
-        for item in tree:
-            _collect_tensors(item, found)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            _collect_tensors(item, found)
-    elif isinstance(tree, slice):
-        _collect_tensors((tree.start, tree.stop, tree.step), found)
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        if a is b:
-            return True
-        return (
-            isinstance(a, Tensor)
-            and isinstance(b, Tensor)
-            and a.dtype == b.dtype
-            and a.device == b.device
-            and a.shape == b.shape
-            and a.layout == b.layout == torch.strided
-            and torch.equal(a, b)
-        )
-    if isinstance(a, Call):
-        return isinstance(b, Call) and all(
-            _same(getattr(a, field), getattr(b, field))
-            for field in ("function", "outputs", "grad_enabled", "autocast", "args", "kwargs")
-        )
-    if isinstance(a, tuple | list):
-        return type(a) is type(b) and len(a) == len(b) and all(map(_same, a, b))
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    if isinstance(a, slice):
-        return isinstance(b, slice) and _same((a.start, a.stop, a.step), (b.start, b.stop, b.step))
-    return type(a) is type(b) and bool(a == b)
