@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import flat
+from problems import flat, make_closure
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
@@ -97,19 +97,6 @@ def build(name: str, dtype: torch.dtype) -> Case:
     return model.to(dtype), x.to(dtype), y.to(dtype) if y.is_floating_point() else y, loss_fn
 
 
-def closure_of(optimizer: torch.optim.Optimizer, case: Case) -> Callable[[], Tensor]:
-    """The closure of a training loop."""
-    model, x, y, loss_fn = case
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = loss_fn(model(x), y)
-        loss.backward()
-        return loss
-
-    return closure
-
-
 def true_end(name: str) -> Tensor:
     """θ(T_END) by scipy's DOP853 on the gradients that ``backward`` leaves in a plain float64 loop."""
     model, x, y, loss_fn = build(name, torch.float64)
@@ -135,7 +122,7 @@ def check_end(name: str, dtype: torch.dtype, method: str, engine: Engine) -> Non
         ENDS[name] = true_end(name)
     case = build(name, dtype)
     optimizer = GradientFlow(case[0].parameters(), lr=T_END / 3, method=method, engine=engine, rtol=DTYPES[dtype])
-    closure = closure_of(optimizer, case)
+    closure = make_closure(optimizer, *case)
     for _ in range(3):
         optimizer.step(closure)
     error = float((flat(case[0]).double() - ENDS[name]).norm() / ENDS[name].norm())
@@ -176,7 +163,7 @@ def test_polish(name: str, engine: Engine) -> None:
     case = build(name, torch.float64)
     model, x, y, loss_fn = case
     polish = NewtonPolish(model.parameters(), weight_decay=0.1, engine=engine)
-    polish.step(closure_of(polish, case))
+    polish.step(make_closure(polish, *case))
     assert polish.result is not None
     assert polish.result.status == "converged"
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -79,8 +79,8 @@ class GradientFlow(ClosureOptimizer):
 
     Args:
         params: Parameters or parameter groups, as for any torch optimizer; dense, real, on one device.
-        lr: Flow time per step. Natural values are 0.1 to 100, far above Adam's; small ones work and cost about one
-            gradient per step.
+        lr: Flow time per step. Natural values are 0.1 to 100, far above Adam's; small ones work and cost about
+            one to three gradients per step besides the closure's own.
         method: "auto" or one of torchdiffeq's adaptive methods: "dopri5" (which "auto" chooses), "dopri8", "bosh3",
             "fehlberg2", "adaptive_heun".
         rtol: Relative tolerance of the local error of a step. None: 1e-6 in float64, 1e-4 in float32. That of the whole
