@@ -13,7 +13,8 @@ from opening import called_at, closure_of, distance, elsewhere, trainable, vecto
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from torch_gradflow.objectives.record import Program, Recorder
+from torch_gradflow.objectives.program import Program
+from torch_gradflow.objectives.record import Recorder, Recording
 
 Closure = Callable[[], Any]
 
@@ -25,11 +26,11 @@ def _seed() -> None:
 
 def record(closure: Closure, parameters: Sequence[Tensor]) -> Program:
     """The program of a closure about which the recorder has no doubts."""
-    recorder = Recorder(parameters)
-    with recorder:
+    recording = Recording(parameters)
+    with Recorder([recording]):
         returned = closure()
-    program = recorder.program(returned)
-    assert recorder.doubts == []
+    program = recording.program(returned)
+    assert recording.doubts == []
     assert program is not None
     return program
 
@@ -256,11 +257,11 @@ def test_writing_results_into_a_tensor_made_without_them_is_doubted(made: str) -
         out[:] = net.model(net.x) if made == "in the closure" else net.model(net.x).detach()
         return mean_square(net.model(net.x) - 0.5 * out)
 
-    recorder = Recorder(net.parameters)
-    with recorder:
+    recording = Recording(net.parameters)
+    with Recorder([recording]):
         returned = closure_of(net.parameters, loss)()
-    recorder.program(returned)
-    assert "it writes values that depend on the parameters into a tensor that was made without them" in recorder.doubts
+    recording.program(returned)
+    assert "it writes values that depend on the parameters into a tensor that was made without them" in recording.doubts
 
 
 @pytest.mark.parametrize("cache", [True, False])
@@ -379,10 +380,10 @@ def test_no_intermediate_tensor_outlives_the_recording() -> None:
         return value
 
     closure = closure_of(net.parameters, loss)
-    recorder = Recorder(net.parameters)
-    with recorder:
+    recording = Recording(net.parameters)
+    with Recorder([recording]):
         returned = closure()
-    program = recorder.program(returned)
+    program = recording.program(returned)
     assert program is not None
     del returned
     gc.collect()
@@ -448,11 +449,11 @@ def test_a_buffer_that_is_filled_twice_in_one_closure_is_doubted() -> None:
         return total
 
     assert_replays(closure_of(net.parameters, lambda: loss(copied=True)), net.parameters)
-    recorder = Recorder(net.parameters)
-    with recorder, torch.no_grad():
+    recording = Recording(net.parameters)
+    with Recorder([recording]), torch.no_grad():
         total = loss(copied=False)
-    recorder.program(total)
-    assert any("written to in place" in doubt for doubt in recorder.doubts)
+    recording.program(total)
+    assert any("written to in place" in doubt for doubt in recording.doubts)
 
 
 def test_equal_copies_of_data_are_the_same_function() -> None:
@@ -526,19 +527,19 @@ def test_float64_replay_of_a_float32_model(name: str) -> None:
 def test_the_mode_is_gone_after_an_exception() -> None:
     """What the closure raises comes out, and nothing is recorded any more."""
     net = Net()
-    recorder = Recorder(net.parameters)
+    recording = Recording(net.parameters)
 
     def broken() -> None:
-        with recorder:
+        with Recorder([recording]):
             net.hidden()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         broken()
     assert not torch.overrides._get_current_function_mode_stack()
-    n = len(recorder._calls)
+    n = recording.n_calls
     net.hidden()
-    assert len(recorder._calls) == n
+    assert recording.n_calls == n
 
 
 def test_recording_changes_no_result() -> None:
@@ -546,7 +547,8 @@ def test_recording_changes_no_result() -> None:
     net = Net()
     closure = closure_of(net.parameters, lambda: F.mse_loss(net.model(net.x), net.y))
     wanted = closure(), [p.grad for p in net.parameters]
-    with Recorder(net.parameters):
+    recording = Recording(net.parameters)
+    with Recorder([recording]):
         found = closure(), [p.grad for p in net.parameters]
     assert torch.equal(found[0], wanted[0])
     assert all(torch.equal(a, b) for a, b in zip(found[1], wanted[1], strict=True))

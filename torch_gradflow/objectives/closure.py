@@ -28,7 +28,8 @@ from torch_gradflow.objectives.base import ClosureError, EvaluationCounts, Objec
 from torch_gradflow.objectives.contract import ContractReport, added_up, agree, check_contract
 from torch_gradflow.objectives.function import FunctionObjective, SecondDerivatives
 from torch_gradflow.objectives.parameters import ParameterLayout
-from torch_gradflow.objectives.record import Program, Recorder
+from torch_gradflow.objectives.program import Program
+from torch_gradflow.objectives.record import Recorder, Recording
 from torch_gradflow.objectives.reevaluated import NOT_ZEROED, Closure, ReevaluatedClosure, loss_of, random_state
 
 Engine = Literal["auto", "replay", "closure"]
@@ -143,26 +144,26 @@ def open_closure(
     state = random_state(layout.device)
     counts.n_closure += 1
     counts.n_grad += 1
-    recorder = Recorder(parameters)
-    with torch.enable_grad(), recorder:
+    recording = Recording(parameters)
+    with torch.enable_grad(), Recorder([recording]):
         returned = closure()
     untouched = all(p.grad is g and (g is None or g._version == v) for p, (g, v) in zip(parameters, before, strict=True))
     if returned is None and untouched:
         raise NoClosure
-    _check_backward(parameters, recorder, untouched)
+    _check_backward(parameters, recording, untouched)
     gradients = [None if p.grad is None else p.grad.detach().clone() for p in (*parameters, *bystanders)]
     gradient = layout.flatten(gradients[: len(parameters)])
-    loss = loss_of(returned, recorder.loss, layout)
+    loss = loss_of(returned, recording.loss, layout)
     if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(gradient).all()):
         raise FloatingPointError(
             f"the closure gives loss {float(loss)} and a gradient of norm {float(gradient.norm())} at the current "
             "parameters, which were left as they are. Start from other parameters or mend the loss."
         )
-    _check_scale(loss, recorder, layout)
+    _check_scale(loss, recording, layout)
     unchanged = expected is not None and expected(loss, gradient, theta)
 
-    program, reason = (None, "engine='closure' was asked for") if engine == "closure" else _usable(recorder, returned)
-    resolution = layout.resolution(recorder.autocast)
+    program, reason = (None, "engine='closure' was asked for") if engine == "closure" else _usable(recording, returned)
+    resolution = layout.resolution(recording.autocast)
     replay: FunctionObjective | None = None
     doubt = None if program is None else memory.distrusted.get(program.structure())
     if doubt is not None:
@@ -182,7 +183,7 @@ def open_closure(
             elif wide:
                 # The closure's own loss and gradient are those of narrower numbers, at the rounded θ.
                 loss, gradient = found
-    once_more = ReevaluatedClosure(closure, parameters, layout, counts, resolution, state, recorder.written)
+    once_more = ReevaluatedClosure(closure, parameters, layout, counts, resolution, state, recording.written)
     opened = OpenedClosure(
         replay if replay is not None else once_more,
         returned,
@@ -199,7 +200,7 @@ def open_closure(
     if memory.check and not memory.checked:
         try:
             report = check_contract(theta, loss, gradient, layout, once_more, replay)
-            _heed(report, opened, once_more, len(recorder.written), memory)
+            _heed(report, opened, once_more, len(recording.written), memory)
         finally:
             opened.finish(theta)
         memory.checked = True
@@ -242,10 +243,10 @@ def replayed(
     )
 
 
-def _check_backward(parameters: Sequence[Tensor], recorder: Recorder, untouched: bool) -> None:
-    zero = recorder.n_backward == 0 and not any(p.grad is not None and bool((p.grad != 0).any()) for p in parameters)
+def _check_backward(parameters: Sequence[Tensor], recording: Recording, untouched: bool) -> None:
+    zero = recording.n_backward == 0 and not any(p.grad is not None and bool((p.grad != 0).any()) for p in parameters)
     if untouched or zero or all(p.grad is None for p in parameters):
-        if recorder.n_backward:
+        if recording.n_backward:
             raise ClosureError(
                 "the closure called backward, but no parameter of this optimizer received a gradient: the loss does not "
                 "depend on them, or the optimizer was built from another model's parameters."
@@ -256,10 +257,10 @@ def _check_backward(parameters: Sequence[Tensor], recorder: Recorder, untouched:
         )
 
 
-def _check_scale(loss: Tensor, recorder: Recorder, layout: ParameterLayout) -> None:
-    if recorder.loss is None or recorder.loss.numel() != 1:
+def _check_scale(loss: Tensor, recording: Recording, layout: ParameterLayout) -> None:
+    if recording.loss is None or recording.loss.numel() != 1:
         return
-    used = recorder.loss.reshape(()).to(loss)
+    used = recording.loss.reshape(()).to(loss)
     if not bool(torch.isclose(used, loss, rtol=1e3 * layout.resolution(), atol=1e-30)):
         raise ClosureError(
             f"the closure returned the loss {float(loss):.8g} but called backward on {float(used):.8g}. The gradient in "
@@ -269,12 +270,12 @@ def _check_scale(loss: Tensor, recorder: Recorder, layout: ParameterLayout) -> N
         )
 
 
-def _usable(recorder: Recorder, returned: Any) -> tuple[Program | None, str]:
-    program = recorder.program(returned)
+def _usable(recording: Recording, returned: Any) -> tuple[Program | None, str]:
+    program = recording.program(returned)
     if program is None:
-        return None, recorder.doubts[0] if recorder.doubts else "no call of Tensor.backward was seen"
-    if recorder.doubts:
-        return None, "; ".join(recorder.doubts)
+        return None, recording.doubts[0] if recording.doubts else "no call of Tensor.backward was seen"
+    if recording.doubts:
+        return None, "; ".join(recording.doubts)
     return program, ""
 
 

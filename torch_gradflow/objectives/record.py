@@ -1,28 +1,32 @@
-"""A forward pass recorded once and replayed as a pure function of the parameters.
+"""What is computed from the parameters, recorded call by call.
 
 ``Recorder`` is a ``torch.overrides.TorchFunctionMode``: while it is entered, it sees every torch function that is
-called, and the calls of ``Tensor.backward``, which run as usual. What it keeps, a ``Program``, are the calls that depend
-on the parameters, with *names* (slot numbers) in place of intermediate results, so that no activation outlives the pass;
-tensors that do not depend on the parameters (data, targets, buffers) are kept as constants with their version counters.
+called, and the calls of ``Tensor.backward``, which run as usual, and tells its recordings. What a recording keeps, in
+the end a ``Program``, are the calls that depend on the parameters, with *names* (slot numbers) in place of intermediate
+results, so that no activation outlives the pass; tensors that do not depend on the parameters (data, targets, buffers)
+are kept as constants with their version counters.
 
 A record can be wrong although every call was seen: numbers read with ``.item()`` freeze, custom autograd Functions are
 seen from inside, hooks are not seen at all. So nothing here decides whether a program may be used. ``doubts`` names what
-the recorder itself noticed; the rest shows in a comparison with ``.grad`` (see ``objectives.closure``).
+the recording itself noticed; the rest shows in a comparison with ``.grad`` (see ``objectives.closure`` and
+``objectives.loop``).
 """
 
 from __future__ import annotations
 
+import os
+import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from torch_gradflow.objectives.trees import leaves_in, map_leaves, same, storage_of, tensors_in, version_of
+from torch_gradflow.objectives.program import Call, Program, RecordedLoss, Slot
+from torch_gradflow.objectives.trees import leaves_in, map_leaves, storage_of, tensors_in, version_of
 
 # Reading a number or a truth value out of a tensor: what Python does with it cannot be replayed.
 _READS = frozenset({"item", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__", "__dlpack__"})
@@ -42,174 +46,85 @@ _SHAPED_BY_VALUES = frozenset({"nonzero", "argwhere", "unique", "unique_consecut
 _BOOKKEEPING = frozenset({"requires_grad_", "retain_grad"})
 _GRAD_GETTER = torch.Tensor.grad.__get__  # type: ignore[union-attr]  # the stubs know not that it is a descriptor
 _DATA_SETTER = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+# Names of values that are not replayed: made while recording, without the parameters; or from them, under no_grad.
+_OTHER, _FIXED = -1, -2
+# What a recording may hold beyond what is alive before it looks for what can go.
+_SPARE_CALLS, _SPARE_BYTES = 256, 64 * 2**20
+# A forward pass of more calls than this is not recorded to its end.
+MAX_CALLS = 200_000
 
 
 @dataclass(frozen=True)
-class Slot:
-    """The name of a value that depends on the parameters."""
-
-    index: int
-
-
-@dataclass(frozen=True)
-class Call:
-    """One recorded call, with the global modes under which it ran.
-
-    A call whose ``obstacle`` is not "" cannot be replayed, for the reason that it gives; it stands for a value that the
-    loss must not need.
-
-    ``args`` and ``kwargs`` hold slots, constant tensors and plain values; ``outputs`` names the tensors of the result in
-    the order of ``tensors_in``; ``autocast`` is the type to which autocast casts, or None where it is off.
-    """
-
-    function: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-    outputs: tuple[int, ...]
-    grad_enabled: bool
-    autocast: torch.dtype | None
-    in_place: bool
-    obstacle: str = ""
-
-    def same_as(self, other: Call) -> bool:
-        """Whether both call the same function with equal arguments under the same modes."""
-        fields = ("function", "outputs", "grad_enabled", "autocast", "args", "kwargs")
-        return all(same(getattr(self, name), getattr(other, name)) for name in fields)
-
-
-@dataclass(frozen=True)
-class RecordedLoss:
-    """A tensor on which ``backward`` was called; ``weight`` is the ``gradient`` argument of that call."""
-
-    slot: int
-    weight: Tensor | None
-
-
-@dataclass(frozen=True)
-class Program:
-    """L as a sequence of torch calls: a pure function of the parameters, see ``evaluate``.
+class Remark:
+    """Something that makes a record doubtful.
 
     Attributes:
-        n_inputs: Number of parameter tensors; they are slots 0, 1, ...
-        n_slots: Number of values altogether.
-        calls: The calls, in their order.
-        losses: The tensors whose (weighted) sum is L.
-        constants: Tensors that do not depend on the parameters, each with its version counter when it was used.
-        device_type: For autocast.
+        reason: In words.
+        before_backward: How many calls of ``backward`` had been seen.
+        slot: The value that it concerns, or None where it concerns everything.
+        passing: Whether it does harm only if what was read enters the loss (a number that may only have been logged).
     """
 
-    n_inputs: int
-    n_slots: int
-    calls: tuple[Call, ...]
-    losses: tuple[RecordedLoss, ...]
-    constants: tuple[tuple[Tensor, int], ...]
-    device_type: str
-
-    def evaluate(self, values: Sequence[Tensor]) -> Tensor:
-        """L, a 0-dimensional tensor, for parameters ``values``; any torch.func transform may be applied to it."""
-        environment: list[Any] = [None] * self.n_slots
-        environment[: self.n_inputs] = values
-
-        def value_of(leaf: Any) -> Any:
-            return environment[leaf.index] if isinstance(leaf, Slot) else leaf
-
-        for call in self.calls:
-            args = map_leaves(value_of, call.args)
-            kwargs = map_leaves(value_of, call.kwargs)
-            if call.grad_enabled and call.autocast is None:
-                result = call.function(*args, **kwargs)
-            else:
-                with ExitStack() as stack:
-                    if not call.grad_enabled:
-                        stack.enter_context(torch.no_grad())
-                    if call.autocast is not None:
-                        stack.enter_context(torch.autocast(self.device_type, call.autocast, cache_enabled=False))
-                    result = call.function(*args, **kwargs)
-            for slot, tensor in zip(call.outputs, tensors_in(result), strict=True):
-                environment[slot] = tensor
-        terms = [
-            environment[loss.slot] if loss.weight is None else (environment[loss.slot] * loss.weight).sum()
-            for loss in self.losses
-        ]
-        return torch.stack([term.reshape(()) for term in terms]).sum() if len(terms) > 1 else terms[0].reshape(())
-
-    def changed_constants(self) -> bool:
-        """Whether a constant was written to in place after the record used it."""
-        return any(version_of(tensor) != version for tensor, version in self.constants)
-
-    def same_function_as(self, other: Program) -> bool:
-        """Whether both are the same calls on equal constants, none of which was written to since."""
-        if len(self.calls) != len(other.calls) or self.losses != other.losses or self.n_inputs != other.n_inputs:
-            return False
-        if self.changed_constants() or other.changed_constants():
-            return False
-        return all(a.same_as(b) for a, b in zip(self.calls, other.calls, strict=True))
-
-    def structure(self) -> tuple[Any, ...]:
-        """The names of the called functions, their flags, and how values flow between them; without numbers and data."""
-
-        def flags(call: Call) -> tuple[Any, ...]:
-            return tuple(leaf for leaf in leaves_in((call.args, call.kwargs)) if isinstance(leaf, bool | Slot))
-
-        return tuple(
-            (getattr(c.function, "__name__", ""), flags(c), c.outputs, c.grad_enabled, c.autocast) for c in self.calls
-        )
-
-    def in_float64(self) -> Program:
-        """The same calls with floating-point constants and explicit type arguments in float64.
-
-        Called with float64 parameters it is L to double precision for a model that computes in float32.
-        """
-        memory: dict[int, Tensor] = {}
-
-        def widen(leaf: Any) -> Any:
-            if isinstance(leaf, Tensor) and leaf.dtype == torch.float32:
-                return memory.setdefault(id(leaf), leaf.detach().to(torch.float64))
-            return torch.float64 if leaf is torch.float32 else leaf
-
-        def widen_call(call: Call) -> Call:
-            function = torch.Tensor.double if call.function is torch.Tensor.float else call.function
-            return replace(call, function=function, args=map_leaves(widen, call.args), kwargs=map_leaves(widen, call.kwargs))
-
-        calls = tuple(widen_call(call) for call in self.calls)
-        losses = tuple(replace(loss, weight=widen(loss.weight)) for loss in self.losses)
-        return replace(self, calls=calls, losses=losses)
+    reason: str
+    before_backward: int
+    slot: int | None
+    passing: bool
 
 
-class Recorder(TorchFunctionMode):
-    """Records, while entered, what is computed from ``parameters``.
+class Recording:
+    """What is computed from ``parameters``; a ``Recorder`` tells it of every call.
+
+    Args:
+        parameters: The tensors whose values the replay will replace.
+        loop: Whether it follows a stretch of a training loop instead of one call of a closure. Then nothing that runs
+            under ``no_grad`` is kept (where its results enter the loss they are constants); parameters of others are
+            copied, because another optimizer may move them before the replay; losses from which no gradient reaches the
+            parameters do not count; and what cannot enter a loss any more, because no living tensor was computed from
+            it, is forgotten from time to time.
 
     Attributes:
-        written: Tensors that existed before and were written to in place (BatchNorm's statistics, counters).
+        written: Tensors that existed before and were written to in place (BatchNorm's statistics, counters); a closure's
+            only.
         n_backward: Calls of ``Tensor.backward``.
         loss: The sum of what ``backward`` was called on, or None.
         autocast: The type to which autocast cast, or None where it was off.
+        parameter_versions: The parameters' version counters at the last ``backward``.
+        normalises: Whether a normalisation used the statistics of the batch.
+        paused: Calls are not told while it is set.
+        n_calls: Calls that were kept, altogether.
+        seconds: What recording cost.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
-        super().__init__()
+    def __init__(self, parameters: Sequence[Tensor], *, loop: bool = False) -> None:
         self.written: list[Tensor] = []
         self.n_backward = 0
         self.loss: Tensor | None = None
         self.autocast: torch.dtype | None = None
+        self.parameter_versions: list[int] = []
+        self.normalises = False
+        self.paused = False
+        self.n_calls = 0
+        self.seconds = 0.0
+        self._loop = loop
         self._parameters = parameters
         self._device_type = parameters[0].device.type
         self._names: dict[int, tuple[weakref.ref[Tensor], int]] = {}
         self._calls: list[Call] = []
         self._losses: list[RecordedLoss] = []
         self._constants: dict[int, tuple[Tensor, int]] = {}
+        self._copies: dict[int, tuple[Tensor, int, Tensor]] = {}
+        self._fixed: set[int] = set()
+        # Whether a gradient can flow from a slot to the parameters.
+        self._linked: list[bool] = []
         # Tensors that were there before, by the storage that they and their views share.
         self._outside: dict[int, Tensor] = {}
         self._own_storage = {storage_of(p) for p in parameters}
-        # What was noticed; what came after the last backward does not matter.
-        self._doubts: list[str] = []
-        self._n_doubts = 0
-        self._n_slots = 0
-        self._n_calls = 0
+        self._remarks: list[Remark] = []
+        self._n_at_backward = 0
+        self._most_calls, self._most_bytes, self._n_bytes = _SPARE_CALLS, _SPARE_BYTES, 0
         for parameter in parameters:
-            self._name(parameter, self._new_slot())
+            self._name(parameter, self._new_slot(linked=True))
 
-    # A value's name is -1 when it was made while recording but does not depend on the parameters.
     def _name(self, tensor: Tensor, slot: int) -> None:
         key = id(tensor)
         names = self._names
@@ -219,115 +134,151 @@ class Recorder(TorchFunctionMode):
         entry = self._names.get(id(tensor))
         return entry[1] if entry is not None and entry[0]() is tensor else None
 
-    def _new_slot(self) -> int:
-        self._n_slots += 1
-        return self._n_slots - 1
+    def _new_slot(self, linked: bool) -> int:
+        self._linked.append(linked)
+        return len(self._linked) - 1
 
-    def _doubt_now(self, reason: str) -> None:
-        self._doubts.insert(0, reason)
-        self._n_doubts += 1
+    def _remark(self, reason: str, slot: int | None = None, *, passing: bool = False) -> None:
+        self._remarks.append(Remark(reason, self.n_backward, slot, passing))
+
+    def _relevant(self) -> list[Remark]:
+        """The remarks that concern the recorded losses; what came after the last backward does not matter."""
+        remarks = [r for r in self._remarks if r.before_backward < max(self.n_backward, 1)]
+        if not self._loop:
+            return remarks
+        part_of = _parts(self._calls, len(self._linked), len(self._parameters))
+        own = {part_of[loss.slot] for loss in self._losses}
+        return [r for r in remarks if r.slot is None or part_of[r.slot] in own]
 
     @property
     def doubts(self) -> list[str]:
         """Reasons, in words, why the record may not be the function it looks like."""
-        return list(dict.fromkeys(self._doubts[: self._n_doubts] if self.n_backward else self._doubts))
+        return list(dict.fromkeys(r.reason for r in self._relevant() if not (self._loop and r.passing)))
 
-    def _doubt(self, reason: str) -> None:
-        self._doubts.append(reason)
+    @property
+    def suspicions(self) -> list[str]:
+        """Readings of numbers and decisions by value in a loop: harmless where they do not enter the loss."""
+        return list(dict.fromkeys(r.reason for r in self._relevant() if self._loop and r.passing))
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.Tensor.backward:
-            self._record_backward(*args, **kwargs)
-            return func(*args, **kwargs)
-        operands = tensors_in((args, kwargs))
-        versions = [version_of(t) for t in operands]
-        slots = [self._slot(t) for t in operands]
-        result = func(*args, **kwargs)
-        self._record(func, args, kwargs, operands, slots, versions, result)
-        return result
+    def give_up(self, reason: str) -> None:
+        """Keep nothing any more."""
+        self.paused = True
+        self._calls, self._losses, self._constants, self._copies = [], [], {}, {}
+        self._remarks = [Remark(reason, -1, None, False)]
 
-    def _record_backward(self, loss: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) -> None:
+    def note_backward(self, loss: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) -> None:
+        """A call of ``Tensor.backward``, before it runs."""
         self.n_backward += 1
-        self._n_calls, self._n_doubts = len(self._calls), len(self._doubts)
+        slot = self._slot(loss)
+        known = slot is not None and slot >= 0
+        if self._loop and not (known and self._linked[slot]):  # type: ignore[index]
+            return
+        self._n_at_backward = len(self._calls)
+        self.parameter_versions = [version_of(p) for p in self._parameters]
         value = loss.detach() if gradient is None else (loss.detach() * gradient).sum()
         self.loss = value.clone() if self.loss is None else self.loss + value
-        slot = self._slot(loss)
         if slot is None or slot < 0:
-            self._doubt_now("backward was called on a tensor that was not computed from the parameters by torch functions")
+            reason = "backward was called on a tensor that was not computed from the parameters by torch functions"
+            self._remarks.insert(0, Remark(reason, self.n_backward - 1, None, False))
             return
         self._losses.append(RecordedLoss(slot, None if gradient is None else gradient.detach().clone()))
 
-    def _record(
+    def note(
         self,
         func: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         operands: list[Tensor],
-        slots: list[int | None],
         versions: list[int],
         result: Any,
+        grad_enabled: bool,
     ) -> None:
+        """A call of a torch function, after it ran.
+
+        Args:
+            func: The function.
+            args: What it was called with.
+            kwargs: What it was called with.
+            operands: The tensors among these.
+            versions: Their version counters before the call.
+            result: What it returned.
+            grad_enabled: Whether autograd was on.
+        """
+        slots = [self._slot(t) for t in operands]
+        depends = any(slot is not None and slot >= 0 for slot in slots) and func != _GRAD_GETTER
+        if self._loop and not depends:
+            if _FIXED in slots:
+                self._fix(tensors_in(result))
+            return
         name = getattr(func, "__name__", "")
         if name in _BOOKKEEPING:
             return
-        written = [(t, s) for t, s, v in zip(operands, slots, versions, strict=True) if version_of(t) != v]
-        depends = any(slot is not None and slot >= 0 for slot in slots) and func != _GRAD_GETTER
         results = tensors_in(result)
+        written = [(t, s) for t, s, v in zip(operands, slots, versions, strict=True) if version_of(t) != v]
         if func == _DATA_SETTER and slots[0] is not None and slots[0] >= 0:
-            self._doubt("it assigns to .data of a tensor that depends on the parameters")
+            self._remark("it assigns to .data of a tensor that depends on the parameters")
         if name in _BATCH_STATISTICS:
             args, kwargs, statistics = _without_running_statistics(name, args, kwargs)
+            self.normalises = self.normalises or bool(statistics)
             written = [(t, s) for t, s in written if all(t is not b for b in statistics)]
             self._note_outside_writes((t, self._slot(t)) for t in statistics)
-        for tensor, slot in zip(operands, slots, strict=True):
-            if slot is None:
-                self._outside.setdefault(storage_of(tensor), tensor)
-        self._note_outside_writes(written)
+        if not self._loop:
+            for tensor, slot in zip(operands, slots, strict=True):
+                if slot is None:
+                    self._outside.setdefault(storage_of(tensor), tensor)
+            self._note_outside_writes(written)
         if not depends:
             for tensor in results:
                 if self._slot(tensor) is None:
-                    self._name(tensor, -1)
+                    self._name(tensor, _OTHER)
             return
-        if name in _DECISIONS:
-            self._doubt(f"it decides by the value of a tensor ({name})")
-        if name in _READS:
+        source = next(slot for slot in slots if slot is not None and slot >= 0)
+        if name in _DECISIONS and (not self._loop or grad_enabled):
+            self._remark(f"it decides by the value of a tensor ({name})", source, passing=True)
+        if name in _READS and (not self._loop or grad_enabled):
             how = f"{name.strip('_')}()" if name.startswith("_") else f".{name}()"
-            self._doubt(f"it reads a number out of a tensor that depends on the parameters ({how})")
+            self._remark(f"it reads a number out of a tensor that depends on the parameters ({how})", source, passing=True)
         if not results and not written:
             return
-        if any(storage_of(tensor) in self._own_storage for tensor, _ in written):
-            self._doubt("it writes to a parameter in place")
+        if written and any(storage_of(tensor) in self._own_storage for tensor, _ in written):
+            self._note_parameter_write()
+        if self._loop and not grad_enabled and not written:
+            self._fix(results)
+            return
         if any(slot is None or slot < 0 for _, slot in written):
             self._spoil([*(t for t, _ in written), *results])
             return
-        if self._is_shaped_by_values(name, operands, slots):
-            self._doubt(f"the shape of a result depends on values ({name})")
-        if name in _RANDOM and _draws(name, args, kwargs, results):
-            self._doubt(f"it draws random numbers ({name})")
-        if any(t.is_inference() for t in results):
-            self._doubt("it runs under torch.inference_mode")
+        self._keep(func, name, args, kwargs, operands, slots, results, bool(written), grad_enabled)
+
+    def _keep(
+        self,
+        func: Callable[..., Any],
+        name: str,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        operands: list[Tensor],
+        slots: list[int | None],
+        results: list[Tensor],
+        in_place: bool,
+        grad_enabled: bool,
+    ) -> None:
+        """Keep a call that depends on the parameters."""
         template = {id(t): Slot(s) for t, s in zip(operands, slots, strict=True) if s is not None and s >= 0}
 
         def leaf(value: Any) -> Any:
-            if isinstance(value, Tensor):
-                slot = template.get(id(value))
-                if slot is not None:
-                    return slot
-                self._constants.setdefault(id(value), (value, version_of(value)))
-            return value
+            return template.get(id(value)) or self._constant(value) if isinstance(value, Tensor) else value
 
         recorded_args, recorded_kwargs = map_leaves(leaf, args), map_leaves(leaf, dict(kwargs))
-        outputs = tuple(self._new_slot() for _ in results)
+        linked = any(self._linked[slot.index] for slot in template.values())
+        outputs = tuple(self._new_slot(linked and t.requires_grad) for t in results)
         for tensor, slot in zip(results, outputs, strict=True):
             self._name(tensor, slot)
+        if self._is_shaped_by_values(name, operands, slots):
+            self._remark(f"the shape of a result depends on values ({name})", outputs[0] if outputs else None)
+        if name in _RANDOM and _draws(name, args, kwargs, results):
+            self._remark(f"it draws random numbers ({name})", outputs[0])
+        if any(t.is_inference() for t in results):
+            self._remark("it runs under torch.inference_mode", outputs[0])
         autocast = None
         if torch.is_autocast_enabled(self._device_type):
             autocast = self.autocast = torch.get_autocast_dtype(self._device_type)
@@ -337,11 +288,40 @@ class Recorder(TorchFunctionMode):
                 args=recorded_args,
                 kwargs=recorded_kwargs,
                 outputs=outputs,
-                grad_enabled=torch.is_grad_enabled(),
+                grad_enabled=grad_enabled,
                 autocast=autocast,
-                in_place=bool(written),
+                in_place=in_place,
             )
         )
+        self.n_calls += 1
+        if self._loop and (len(self._calls) > self._most_calls or self._n_bytes > self._most_bytes):
+            self._forget_the_dead()
+
+    def _constant(self, tensor: Tensor) -> Tensor:
+        """What stands in the record for a tensor that does not depend on the parameters."""
+        if self._loop and tensor.requires_grad and tensor.is_leaf:
+            original, version, copy = self._copies.get(id(tensor), (None, -1, tensor))
+            if original is None or version != version_of(tensor):
+                copy = tensor.detach().clone()
+                self._copies[id(tensor)] = (tensor, version_of(tensor), copy)
+            tensor = copy
+        if id(tensor) not in self._constants:
+            self._constants[id(tensor)] = (tensor, version_of(tensor))
+            self._n_bytes += tensor.nbytes if tensor.layout == torch.strided else 0
+            if self._slot(tensor) == _FIXED:
+                self._fixed.add(id(tensor))
+        return tensor
+
+    def _fix(self, results: list[Tensor]) -> None:
+        for tensor in results:
+            if self._slot(tensor) is None:
+                self._name(tensor, _FIXED)
+
+    def _note_parameter_write(self) -> None:
+        if self._loop:
+            self._forget_the_dead()  # a write before the forward pass does not matter
+        if not self._loop or self._calls:
+            self._remark("it writes to a parameter in place")
 
     @staticmethod
     def _is_shaped_by_values(name: str, operands: list[Tensor], slots: list[int | None]) -> bool:
@@ -362,10 +342,31 @@ class Recorder(TorchFunctionMode):
         The call that wrote them is not replayed either: it may write to what is not ours (a running mean).
         """
         obstacle = "it writes values that depend on the parameters into a tensor that was made without them"
-        slots = tuple(self._new_slot() for _ in tensors)
+        slots = tuple(self._new_slot(linked=True) for _ in tensors)
         for tensor, slot in zip(tensors, slots, strict=True):
             self._name(tensor, slot)
         self._calls.append(Call(torch.Tensor.copy_, (), {}, slots, True, None, False, obstacle))
+
+    def _forget_the_dead(self) -> None:
+        """Drop the calls from which no living tensor and no recorded loss was computed."""
+        n_parameters = len(self._parameters)
+        part_of = _parts(self._calls, len(self._linked), n_parameters)
+        alive = {part_of[slot] for _, slot in self._names.values() if slot >= n_parameters}
+        alive.update(part_of[loss.slot] for loss in self._losses)
+        kept = [call for call in self._calls if any(part_of[slot] in alive for slot in call.outputs)]
+        before = self._calls[: self._n_at_backward]
+        self._n_at_backward = sum(any(part_of[slot] in alive for slot in call.outputs) for call in before)
+        used = {id(t) for call in kept for t in tensors_in((call.args, call.kwargs))}
+        self._calls = kept
+        self._remarks = [r for r in self._remarks if r.slot is None or part_of[r.slot] in alive]
+        self._constants = {key: entry for key, entry in self._constants.items() if key in used}
+        self._copies = {key: entry for key, entry in self._copies.items() if id(entry[2]) in used}
+        self._fixed &= used
+        self._n_bytes = sum(t.nbytes for t, _ in self._constants.values() if t.layout == torch.strided)
+        self._most_calls = 2 * len(kept) + _SPARE_CALLS
+        self._most_bytes = 2 * self._n_bytes + _SPARE_BYTES
+        if len(kept) > MAX_CALLS:
+            self.give_up(f"the forward pass makes more than {MAX_CALLS:,} calls of torch functions")
 
     def program(self, returned: Any = None) -> Program | None:
         """What was recorded, pruned to what L needs; None where no loss was seen.
@@ -373,32 +374,141 @@ class Recorder(TorchFunctionMode):
         Where ``backward`` was called by other means than ``Tensor.backward`` (``torch.autograd.backward``), the
         tensor that the closure ``returned`` is taken as the loss; a comparison with ``.grad`` has to confirm it.
         """
-        losses, calls = self._losses, self._calls[: self._n_calls]
+        losses, calls = self._losses, self._calls[: self._n_at_backward]
         if self.n_backward == 0 and isinstance(returned, Tensor) and returned.numel() == 1:
             slot = self._slot(returned)
             if slot is not None and slot >= 0:
                 losses, calls = [RecordedLoss(slot, None)], self._calls
         if not losses:
             return None
+        if self._loop:
+            part_of = _parts(calls, len(self._linked), len(self._parameters))
+            own = {part_of[loss.slot] for loss in losses}
+            calls = [call for call in calls if any(part_of[slot] in own for slot in call.outputs)]
         needed = _needed(calls, losses)
-        for call in needed:
-            if call.obstacle:
-                self._doubt_now(call.obstacle)
+        obstacles = [call.obstacle for call in needed if call.obstacle]
         # Where a call writes in place, aliases may hide what is needed: then nothing is left out.
         calls = [call for call in calls if not call.obstacle] if any(call.in_place for call in calls) else needed
         used = {id(t) for call in calls for t in tensors_in((call.args, call.kwargs))}
         constants = tuple(entry for key, entry in self._constants.items() if key in used)
         program = Program(
             n_inputs=len(self._parameters),
-            n_slots=self._n_slots,
+            n_slots=len(self._linked),
             calls=tuple(calls),
             losses=tuple(losses),
             constants=constants,
             device_type=self._device_type,
+            holds_fixed=bool(self._fixed & used),
         )
         if program.changed_constants():
-            self._doubt_now("a tensor that it uses was written to in place afterwards")
+            obstacles.append("a tensor that it uses was written to in place afterwards")
+        for reason in obstacles:
+            self._remarks.insert(0, Remark(reason, -1, None, False))
         return program
+
+
+class Recorder(TorchFunctionMode):
+    """While entered, tells recordings of every torch function that is called.
+
+    Code that ``torch.compile`` compiles calls this mode while it is traced, once; what it then does is part of the compiled
+    code. So ``__torch_function__`` is kept such that it can be traced without a break of the graph: what a compiled
+    function computes comes out as a list, of which the recordings are told before the next call.
+
+    Args:
+        recordings: Those to be told; they are referenced weakly.
+
+    Attributes:
+        listening: Whether there may be any to be told.
+    """
+
+    def __init__(self, recordings: Iterable[Recording] = ()) -> None:
+        super().__init__()
+        self.listening = True
+        self._recordings: list[weakref.ref[Recording]] = []
+        self._traced: list[tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any], Any, bool]] = []
+        self._process = os.getpid()
+        self.listen_for([weakref.ref(r) for r in recordings])
+
+    def listen_for(self, recordings: list[weakref.ref[Recording]]) -> None:
+        """Tell these from now on."""
+        self.tell_what_was_traced()
+        self._recordings, self.listening = recordings, bool(recordings)
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_compiling():
+            result = func(*args, **kwargs)
+            if self.listening:
+                self._traced.append((func, args, kwargs, result, torch.is_grad_enabled()))
+            return result
+        recordings = self._listeners() if self.listening else ()
+        if not recordings:
+            return func(*args, **kwargs)
+        began = time.perf_counter()
+        if self._traced:
+            self.tell_what_was_traced()
+        if func is torch.Tensor.backward:
+            for recording in recordings:
+                recording.note_backward(*args, **kwargs)
+            return func(*args, **kwargs)
+        operands = tensors_in((args, kwargs))
+        versions = [version_of(t) for t in operands]
+        called = time.perf_counter()
+        result = func(*args, **kwargs)
+        came_back = time.perf_counter()
+        grad_enabled = torch.is_grad_enabled()
+        for recording in recordings:
+            recording.note(func, args, kwargs, operands, versions, result, grad_enabled)
+        spent = (time.perf_counter() - came_back + called - began) / len(recordings)
+        for recording in recordings:
+            recording.seconds += spent
+        return result
+
+    def _listeners(self) -> list[Recording]:
+        """The recordings to tell: those alive and not paused; none in a forked process."""
+        living = [r for reference in self._recordings if (r := reference()) is not None and not r.paused]
+        return living if os.getpid() == self._process else []
+
+    def tell_what_was_traced(self) -> None:
+        """Tell of what compiled functions computed since the last call."""
+        traced, self._traced = self._traced, []
+        for func, args, kwargs, result, grad_enabled in traced:
+            name = getattr(func, "__name__", "")
+            in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
+            operands = tensors_in((args, kwargs))
+            versions = [version_of(t) for t in operands]
+            if in_place and versions:
+                versions[0] -= 1  # what it was before the call is not known
+            for recording in self._listeners():
+                recording.note(func, args, kwargs, operands, versions, result, grad_enabled)
+
+
+def _parts(calls: Sequence[Call], n_slots: int, n_parameters: int) -> list[int]:
+    """For each slot the number of the part of the record in which it lies.
+
+    Two values lie in the same part where one was computed from the other, or both from or into a third; sharing a
+    parameter or a constant does not connect them. A write in place reaches only what lies in the same part.
+    """
+    part_of = list(range(n_slots))
+
+    def root(slot: int) -> int:
+        while part_of[slot] != slot:
+            part_of[slot] = part_of[part_of[slot]]
+            slot = part_of[slot]
+        return slot
+
+    for call in calls:
+        inputs = [leaf.index for leaf in leaves_in((call.args, call.kwargs)) if isinstance(leaf, Slot)]
+        together = [slot for slot in (*call.outputs, *inputs) if slot >= n_parameters]
+        for slot in together[1:]:
+            part_of[root(slot)] = root(together[0])
+    return [root(slot) for slot in range(n_slots)]
 
 
 def _needed(calls: Sequence[Call], losses: Sequence[RecordedLoss]) -> list[Call]:

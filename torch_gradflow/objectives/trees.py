@@ -11,7 +11,10 @@ from torch import Tensor
 
 def version_of(tensor: Tensor) -> int:
     """The counter that every in-place write to a tensor advances; inference tensors have none."""
-    return 0 if tensor.is_inference() else tensor._version
+    try:
+        return tensor._version
+    except RuntimeError:
+        return 0
 
 
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:

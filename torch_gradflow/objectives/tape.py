@@ -1,0 +1,163 @@
+"""One recorder per thread, which stands on torch's stack of modes from ``zero_grad()`` to ``step()``.
+
+A ``TorchFunctionMode`` is made for ``with``; here it is entered in one call and left in another, and what happens in
+between is the user's: modes entered and left, exceptions, forks, other optimizers. Torch's stack knows no owners: leaving
+pops whatever is on top. So:
+
+* The recorder is taken off only when it is on top (a call of a function of ours tells who is asked first). Otherwise it
+  stays, tells nobody anything, and is taken off at the next occasion.
+* When a user's mode that was entered before the recorder is left (``with torch.device(...): optimizer.zero_grad()``), that
+  pops the recorder instead. While it stands on the stack nothing else references the recorder, so that it ends in that
+  moment; its end is noticed, the user's mode is popped in its place, and another recorder put on top.
+* The stack belongs to a thread, and so does the tape; a forked process inherits both, and starts with a new tape.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+
+from torch_gradflow.objectives.record import Recorder, Recording
+
+_of_thread = threading.local()
+
+
+def tape() -> Tape:
+    """The tape of this thread."""
+    found: Tape | None = getattr(_of_thread, "tape", None)
+    if found is None or found.process != os.getpid():
+        found = _of_thread.tape = Tape()
+    return found
+
+
+class Tape:
+    """Keeps a recorder on the stack of modes while there is something to record; see ``tape``.
+
+    Attributes:
+        process: The process to which it belongs.
+    """
+
+    def __init__(self) -> None:
+        self.process = os.getpid()
+        self._thread = threading.get_ident()
+        self._recordings: list[weakref.ref[Recording]] = []
+        self._silences = 0
+        # The recorder: owned while it is off the stack, watched while it is on it.
+        self._resting: TapeRecorder | None = None
+        self._standing: weakref.ref[TapeRecorder] | None = None
+
+    def begin(self, recording: Recording) -> None:
+        """Tell ``recording`` of all that follows, until ``end`` or until nobody references it any more."""
+        own = weakref.ref(self)
+
+        def collected(reference: weakref.ref[Recording]) -> None:
+            found = own()
+            if found is not None:
+                found._drop(reference)
+
+        self._recordings.append(weakref.ref(recording, collected))
+        self._arrange()
+
+    def end(self, recording: Recording) -> None:
+        """Tell it no more."""
+        for reference in self._recordings:
+            if reference() is recording:
+                self._drop(reference)
+
+    @contextmanager
+    def silenced(self) -> Iterator[None]:
+        """Record nothing within."""
+        self._silences += 1
+        self._arrange()
+        try:
+            yield
+        finally:
+            self._silences -= 1
+            self._arrange()
+
+    def _drop(self, reference: weakref.ref[Recording]) -> None:
+        self._recordings = [r for r in self._recordings if r is not reference]
+        if threading.get_ident() == self._thread:  # garbage is collected in any thread
+            self._arrange()
+
+    def _arrange(self) -> None:
+        """Put the recorder where it belongs: on the stack if there is something to record, else off it if possible."""
+        wanted = bool(self._recordings) and not self._silences
+        recorder = None if self._standing is None else self._standing()
+        if recorder is None and wanted:
+            recorder = self._enter()
+        if recorder is not None:
+            recorder.listen_for(self._recordings if wanted else [])
+            if not wanted and _is_on_top(recorder):
+                self._standing, self._resting = None, recorder
+                recorder.__exit__(None, None, None)
+
+    def _enter(self) -> TapeRecorder:
+        recorder = TapeRecorder() if self._resting is None else self._resting
+        self._resting = None
+        # At the end of the thread the tape goes first; its stack is none of our business then.
+        own = weakref.ref(self)
+
+        def popped(reference: weakref.ref[TapeRecorder]) -> None:
+            found = own()
+            if found is not None and found._standing is reference:
+                found._was_popped()
+
+        self._standing = weakref.ref(recorder, popped)
+        recorder.__enter__()
+        return recorder
+
+    def _was_popped(self) -> None:
+        """The exit of a mode below took the recorder; it meant itself, which is on top now."""
+        self._standing = None
+        TorchFunctionMode().__exit__(None, None, None)
+        self._arrange()
+
+
+class TapeRecorder(Recorder):
+    """A recorder that answers when it is asked whether it is on top."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is _who_is_first:
+            (question,) = args
+            question.answered_at, question.answered_by = question.times_asked, self
+            return None
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@dataclass
+class _Question:
+    """Which mode is asked first? ``subject`` is any tensor: that is what functions are called with."""
+
+    subject: Tensor
+    times_asked: int = 0
+    answered_at: int = 0
+    answered_by: TapeRecorder | None = None
+
+
+def _who_is_first(question: _Question) -> None:
+    """A torch function, to modes: each one in turn is asked what becomes of it, from the top of the stack."""
+    question.times_asked += 1
+    if has_torch_function((question.subject,)):
+        handle_torch_function(_who_is_first, (question.subject,), question)
+
+
+def _is_on_top(recorder: TapeRecorder) -> bool:
+    question = _Question(torch.empty(0))
+    _who_is_first(question)
+    return question.answered_by is recorder and question.answered_at == 1
