@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from torch_gradflow.objectives.base import EvaluationCounts
-from torch_gradflow.objectives.closure import ClosureMemory, Engine, OpenedClosure, open_closure
+from torch_gradflow.objectives.closure import open_closure
+from torch_gradflow.objectives.opened import Engine, Memory, Opened
 from torch_gradflow.objectives.parameters import ParameterLayout
 
 
@@ -38,10 +39,10 @@ def open_it(
     engine: Engine = "auto",
     check: bool = True,
     dtype: torch.dtype | None = None,
-    memory: ClosureMemory | None = None,
-) -> OpenedClosure:
+    memory: Memory | None = None,
+) -> Opened:
     """``open_closure`` with everything that an optimizer would bring along."""
-    memory = ClosureMemory(check=check) if memory is None else memory
+    memory = Memory(check=check) if memory is None else memory
     return open_closure(closure, parameters, ParameterLayout.of(parameters, dtype), memory, EvaluationCounts(), engine=engine)
 
 
@@ -81,7 +82,7 @@ def distance(found: Tensor, wanted: Tensor) -> float:
 
 
 def assert_is_the_closure(
-    opened: OpenedClosure, closure: Callable[[], Any], parameters: Sequence[Tensor], *, rtol: float = 1e-12
+    opened: Opened, closure: Callable[[], Any], parameters: Sequence[Tensor], *, rtol: float = 1e-12
 ) -> None:
     """At the start and elsewhere, the objective has the closure's own loss and gradient."""
     for theta in (opened.theta, elsewhere(opened.theta)):

@@ -20,7 +20,8 @@ from torch.utils.checkpoint import checkpoint
 
 from torch_gradflow import GradientFlow, NewtonPolish
 from torch_gradflow.objectives.base import ClosureError, DerivativeError
-from torch_gradflow.objectives.closure import ClosureMemory, GradientFlowWarning, NoClosure
+from torch_gradflow.objectives.closure import NoClosure
+from torch_gradflow.objectives.opened import GradientFlowWarning, Memory
 
 
 class Net:
@@ -1049,7 +1050,7 @@ def test_a_right_gradient_is_never_warned_of(seed: int, dtype: torch.dtype) -> N
 def test_warnings_are_given_once(net: Net) -> None:
     """Not at every step."""
     closure = RIGHT["clipping"].make(net)
-    memory = ClosureMemory()
+    memory = Memory()
     with pytest.warns(GradientFlowWarning):
         open_it(closure, net.parameters, memory=memory)
     for _ in range(2):

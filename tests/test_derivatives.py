@@ -19,8 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch_gradflow import NewtonPolish
 from torch_gradflow.objectives import function
 from torch_gradflow.objectives.base import DerivativeError
-from torch_gradflow.objectives.closure import GradientFlowWarning
 from torch_gradflow.objectives.function import FunctionObjective
+from torch_gradflow.objectives.opened import GradientFlowWarning
 
 Loss = Callable[[Tensor], Tensor]
 

@@ -16,7 +16,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from torch_gradflow import GradientFlow, NewtonPolish
-from torch_gradflow.objectives.closure import Engine
+from torch_gradflow.objectives.opened import Engine
 
 T_END = 0.6
 # Method: how far its error may be above rtol.

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler, StepLR
 
 from torch_gradflow import GradientFlow, NewtonPolish
-from torch_gradflow.objectives.closure import GradientFlowWarning
+from torch_gradflow.objectives.opened import GradientFlowWarning
 from torch_gradflow.optim.closure_optimizer import ClosureOptimizer
 
 RTOL = 1e-7

@@ -7,8 +7,8 @@ from torch_gradflow.minimize.certificate import CriticalPoint, certify
 from torch_gradflow.minimize.minimize import minimize
 from torch_gradflow.minimize.result import MinimizeResult
 from torch_gradflow.objectives.base import ClosureError, DerivativeError, Objective
-from torch_gradflow.objectives.closure import GradientFlowWarning
 from torch_gradflow.objectives.module import ModuleObjective, hessian, hessian_spectrum
+from torch_gradflow.objectives.opened import GradientFlowWarning
 from torch_gradflow.optim.gradient_flow import GradientFlow
 from torch_gradflow.optim.newton_polish import NewtonPolish
 

@@ -16,110 +16,38 @@ numbers frozen by ``.item()`` are noticed where they matter.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from torch_gradflow.objectives.base import ClosureError, EvaluationCounts, Objective
-from torch_gradflow.objectives.contract import ContractReport, added_up, agree, check_contract
-from torch_gradflow.objectives.function import FunctionObjective, SecondDerivatives
+from torch_gradflow.objectives.base import ClosureError, EvaluationCounts
+from torch_gradflow.objectives.contract import ContractReport, added_up, check_contract
+from torch_gradflow.objectives.function import FunctionObjective
+from torch_gradflow.objectives.opened import NOT_A_GRADIENT, Engine, Memory, Opened, try_replay
 from torch_gradflow.objectives.parameters import ParameterLayout
 from torch_gradflow.objectives.program import Program
 from torch_gradflow.objectives.record import Recorder, Recording
 from torch_gradflow.objectives.reevaluated import NOT_ZEROED, Closure, ReevaluatedClosure, loss_of, random_state
-
-Engine = Literal["auto", "replay", "closure"]
-
-
-class GradientFlowWarning(UserWarning):
-    """Something works, but not quite as its user may think."""
 
 
 class NoClosure(Exception):
     """The closure returned None and changed no gradient (Lightning's manual optimisation passes such a one)."""
 
 
-@dataclass
-class ClosureMemory:
-    """What stays known of a closure from one step to the next.
-
-    Attributes:
-        check: Whether the contract is to be checked on first use.
-        checked: Whether it was.
-        program: The last program whose replay was confirmed.
-        structure: The structure of the program that was replayed last.
-        second_derivatives: The confirmed path to second derivatives of programs of that structure.
-        not_a_gradient: How the gradients were seen not to be those of the loss, or "".
-        distrusted: Structures of programs that were seen not to be the closure, each with the reason.
-        said: Warnings already given.
-    """
-
-    check: bool = True
-    checked: bool = False
-    program: Program | None = None
-    structure: tuple[Any, ...] = ()
-    second_derivatives: SecondDerivatives | None = None
-    not_a_gradient: str = ""
-    distrusted: dict[tuple[Any, ...], str] = field(default_factory=dict)
-    said: set[str] = field(default_factory=set)
-
-    def warn_once(self, message: str) -> None:
-        """Warn with ``message`` unless that was done before."""
-        if message not in self.said:
-            self.said.add(message)
-            warnings.warn(message, GradientFlowWarning, stacklevel=5)
-
-
-@dataclass
-class OpenedClosure:
-    """One step's objective, see ``open_closure``.
-
-    Attributes:
-        objective: L(θ).
-        returned: What the closure returned at the start.
-        theta: θ at the start.
-        loss: L at the start.
-        gradient: ∇L at the start, as the closure's own backward left it in ``.grad``.
-        engine: Which engine serves, "replay" or "closure".
-        reason: Why the replay does not serve, or "".
-        unchanged: Whether loss and gradient at the start are those that were expected.
-    """
-
-    objective: Objective
-    returned: Any
-    theta: Tensor
-    loss: Tensor
-    gradient: Tensor
-    engine: str
-    reason: str
-    unchanged: bool
-    _parameters: Sequence[Tensor]
-    _layout: ParameterLayout
-    _gradients: Sequence[tuple[Tensor, Tensor | None]]
-
-    def finish(self, theta: Tensor) -> None:
-        """Put θ into the parameters and the gradient at the start back into ``.grad``."""
-        self._layout.write(theta, self._parameters)
-        for parameter, gradient in self._gradients:
-            parameter.grad = gradient
-
-
 def open_closure(
     closure: Closure,
     parameters: Sequence[Tensor],
     layout: ParameterLayout,
-    memory: ClosureMemory,
+    memory: Memory,
     counts: EvaluationCounts,
     *,
     engine: Engine = "auto",
     theta: Tensor | None = None,
     expected: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
     bystanders: Sequence[Tensor] = (),
-) -> OpenedClosure:
+) -> Opened:
     """Call ``closure`` once and make its loss an Objective of the flat vector of ``parameters``.
 
     Args:
@@ -142,14 +70,14 @@ def open_closure(
     before = [(p.grad, None if p.grad is None else p.grad._version) for p in parameters]
     entry = layout.gradient(parameters) if any(p.grad is not None for p in parameters) else None
     state = random_state(layout.device)
-    counts.n_closure += 1
-    counts.n_grad += 1
     recording = Recording(parameters)
     with torch.enable_grad(), Recorder([recording]):
         returned = closure()
     untouched = all(p.grad is g and (g is None or g._version == v) for p, (g, v) in zip(parameters, before, strict=True))
     if returned is None and untouched:
         raise NoClosure
+    counts.n_closure += 1
+    counts.n_grad += 1
     _check_backward(parameters, recording, untouched)
     gradients = [None if p.grad is None else p.grad.detach().clone() for p in (*parameters, *bystanders)]
     gradient = layout.flatten(gradients[: len(parameters)])
@@ -165,26 +93,15 @@ def open_closure(
     program, reason = (None, "engine='closure' was asked for") if engine == "closure" else _usable(recording, returned)
     resolution = layout.resolution(recording.autocast)
     replay: FunctionObjective | None = None
-    doubt = None if program is None else memory.distrusted.get(program.structure())
-    if doubt is not None:
-        program, reason = None, doubt
     if program is not None:
-        if program.structure() != memory.structure:
-            memory.structure, memory.second_derivatives = program.structure(), None
-        # Without a program in memory (after a restart) loss and gradient alone have to tell.
-        unchanged = unchanged and (memory.program is None or memory.program.same_function_as(program))
-        known = memory.program is not None and unchanged
-        replay = replayed(program, layout, counts, resolution, memory.second_derivatives)
-        wide = any(dtype != layout.dtype for dtype in layout.dtypes)
-        if not known or wide:
-            reason, found = _compare_at_start(replay, theta, loss, gradient, entry, layout)
-            if reason:
-                replay = None
-            elif wide:
-                # The closure's own loss and gradient are those of narrower numbers, at the rounded θ.
-                loss, gradient = found
+        tried = try_replay(program, theta, loss, gradient, layout, memory, counts, resolution, unchanged)
+        replay, reason, loss, unchanged = tried.objective, tried.reason, tried.loss, tried.unchanged
+        found = tried.found
+        if reason and entry is not None and found is not None and added_up(gradient, entry, found, found, layout):
+            raise ClosureError(NOT_ZEROED)
+        gradient = tried.gradient
     once_more = ReevaluatedClosure(closure, parameters, layout, counts, resolution, state, recording.written)
-    opened = OpenedClosure(
+    opened = Opened(
         replay if replay is not None else once_more,
         returned,
         theta,
@@ -211,36 +128,6 @@ def open_closure(
     else:
         memory.program = None
     return opened
-
-
-def replayed(
-    program: Program,
-    layout: ParameterLayout,
-    counts: EvaluationCounts,
-    resolution: float,
-    second_derivatives: SecondDerivatives | None = None,
-) -> FunctionObjective:
-    """The program as an Objective; computed in ``layout.dtype`` where that is wider than the parameters' types."""
-    wide = layout.dtype == torch.float64 and any(dtype != torch.float64 for dtype in layout.dtypes)
-    if wide and torch.float64 not in layout.dtypes:
-        widened, resolution = program.in_float64(), torch.finfo(torch.float64).eps
-
-        def term(theta: Tensor) -> Tensor:
-            return widened.evaluate(layout.split(theta))
-    else:
-
-        def term(theta: Tensor) -> Tensor:
-            return program.evaluate(layout.split_as_parameters(theta)).to(layout.dtype)
-
-    return FunctionObjective(
-        lambda: (term,),
-        layout.n_parameters,
-        layout.dtype,
-        layout.device,
-        counts=counts,
-        second_derivatives=second_derivatives,
-        resolution=resolution,
-    )
 
 
 def _check_backward(parameters: Sequence[Tensor], recording: Recording, untouched: bool) -> None:
@@ -279,36 +166,7 @@ def _usable(recording: Recording, returned: Any) -> tuple[Program | None, str]:
     return program, ""
 
 
-def _compare_at_start(
-    replay: Objective,
-    theta: Tensor,
-    loss: Tensor,
-    gradient: Tensor,
-    entry: Tensor | None,
-    layout: ParameterLayout,
-) -> tuple[str, tuple[Tensor, Tensor]]:
-    """Why the replay is not the closure at the start, or ""; and what the replay gives there."""
-    wanted = (loss, gradient)
-    try:
-        found = replay.loss_and_gradient(theta)
-    except Exception as error:  # a replay can fail in any way that user code can: that only means it is not used
-        text = str(error).splitlines()[0] if str(error) else ""
-        return f"its record cannot be replayed ({type(error).__name__}: {text})", wanted
-    if agree(found, wanted, layout):
-        return "", found
-    if entry is not None and added_up(gradient, entry, found[1], found[1], layout):
-        raise ClosureError(NOT_ZEROED)
-    if agree((found[0], gradient), (loss, gradient), layout):
-        return (
-            "the gradient in .grad is not that of the recorded loss (a custom autograd Function such as a "
-            "straight-through estimator, a hook on a gradient, or gradients changed after backward such as clipping)"
-        ), found
-    return "the replayed loss is not the closure's (data changed outside of torch, or a function that is not recorded)", found
-
-
-def _heed(
-    report: ContractReport, opened: OpenedClosure, again: ReevaluatedClosure, n_written: int, memory: ClosureMemory
-) -> None:
+def _heed(report: ContractReport, opened: Opened, again: ReevaluatedClosure, n_written: int, memory: Memory) -> None:
     """Draw the consequences of the contract check."""
     if not report.replay_holds:
         opened.objective, opened.engine = again, "closure"
@@ -316,10 +174,7 @@ def _heed(
         memory.distrusted[memory.structure] = opened.reason
     memory.not_a_gradient = report.not_a_gradient
     if report.not_a_gradient:
-        memory.warn_once(
-            f"what backward leaves in .grad is not the gradient of the loss: {report.not_a_gradient}. (A detached or "
-            "no_grad target, a straight-through estimator, clipping or a hook inside the closure?) The flow follows .grad."
-        )
+        memory.warn_once(NOT_A_GRADIENT.format(report.not_a_gradient))
     if n_written:
         memory.warn_once(
             f"the closure writes to {n_written} tensors that are not parameters (statistics of a BatchNorm in training "

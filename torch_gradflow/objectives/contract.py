@@ -48,7 +48,7 @@ def check_contract(
     """
     state = random_state(layout.device)
     try:
-        shift = _downhill(theta, gradient, layout)
+        shift = downhill(theta, gradient, layout)
         moved = again.loss_and_gradient(theta + shift)
         # The last call is the one at the start of the step: what it logs, and what Lightning keeps of it, belongs there.
         second = again.call_afresh(theta)
@@ -65,19 +65,26 @@ def check_contract(
                 "gradient. Make the gradient a function of the parameters, or pass check=False."
             )
         elsewhere = replay is None or agree(replay.loss_and_gradient(theta + shift), moved, layout)
-        rise, before, after = float(moved[0] - loss), float(gradient @ shift), float(moved[1] @ shift)
-        # The trapezoidal rule is right up to third order in the step, which has to be longer in float32.
-        rounding = 100 * layout.resolution() * abs(float(loss))
-        allowed = (0.01 if layout.resolution() < 1e-12 else 0.1) * (abs(before) + abs(after) + abs(rise)) + rounding
-        field = abs(rise - 0.5 * (before + after)) > allowed
-        described = f"along a small step the loss changes by {rise:.3e}, the gradients say {0.5 * (before + after):.3e}"
-        return ContractReport(replay_holds=elsewhere, not_a_gradient=described if field else "")
+        described = not_the_slope((loss, gradient), moved, shift, layout)
+        return ContractReport(replay_holds=elsewhere, not_a_gradient=described)
     finally:
         set_random_state(state)
         again.restore_buffers()
 
 
-def _downhill(theta: Tensor, gradient: Tensor, layout: ParameterLayout) -> Tensor:
+def not_the_slope(start: tuple[Tensor, Tensor], moved: tuple[Tensor, Tensor], shift: Tensor, layout: ParameterLayout) -> str:
+    """How gradients fail to be those of the loss, from both at two points, ``shift`` apart; or ""."""
+    (loss, gradient), (moved_loss, moved_gradient) = start, moved
+    rise, before, after = float(moved_loss - loss), float(gradient @ shift), float(moved_gradient @ shift)
+    # The trapezoidal rule is right up to third order in the step, which has to be longer in float32.
+    rounding = 100 * layout.resolution() * abs(float(loss))
+    allowed = (0.01 if layout.resolution() < 1e-12 else 0.1) * (abs(before) + abs(after) + abs(rise)) + rounding
+    if abs(rise - 0.5 * (before + after)) <= allowed:
+        return ""
+    return f"along a small step the loss changes by {rise:.3e}, the gradients say {0.5 * (before + after):.3e}"
+
+
+def downhill(theta: Tensor, gradient: Tensor, layout: ParameterLayout) -> Tensor:
     """A small step that goes down in every coordinate, so that the change of the loss is not an accident of signs."""
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(layout.n_parameters, generator=generator, dtype=torch.float64).to(theta)

@@ -39,6 +39,8 @@ _RANDOM = frozenset(
         *("scaled_dot_product_attention", "multi_head_attention_forward"),
     }
 )
+# Of these, those that read many numbers at once.
+_WHOLE = frozenset({"tolist", "numpy", "__array__", "__dlpack__"})
 # Functions that normalise with batch statistics, with the argument that says whether they do.
 _BATCH_STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 # Functions whose result has a shape that depends on values.
@@ -237,7 +239,8 @@ class Recording:
             self._remark(f"it decides by the value of a tensor ({name})", source, passing=True)
         if name in _READS and (not self._loop or grad_enabled):
             how = f"{name.strip('_')}()" if name.startswith("_") else f".{name}()"
-            self._remark(f"it reads a number out of a tensor that depends on the parameters ({how})", source, passing=True)
+            reason = f"it reads a number out of a tensor that depends on the parameters ({how})"
+            self._remark(reason, source, passing=name not in _WHOLE)
         if not results and not written:
             return
         if written and any(storage_of(tensor) in self._own_storage for tensor, _ in written):

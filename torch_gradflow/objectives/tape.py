@@ -99,7 +99,7 @@ class Tape:
             recorder.listen_for(self._recordings if wanted else [])
             if not wanted and _is_on_top(recorder):
                 self._standing, self._resting = None, recorder
-                recorder.__exit__(None, None, None)
+                recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def _enter(self) -> TapeRecorder:
         recorder = TapeRecorder() if self._resting is None else self._resting
@@ -113,7 +113,7 @@ class Tape:
                 found._was_popped()
 
         self._standing = weakref.ref(recorder, popped)
-        recorder.__enter__()
+        recorder.__enter__()  # type: ignore[no-untyped-call]
         return recorder
 
     def _was_popped(self) -> None:

@@ -14,7 +14,8 @@ from torch.optim.optimizer import Optimizer
 
 from torch_gradflow.checks import check_number
 from torch_gradflow.objectives.base import EvaluationCounts
-from torch_gradflow.objectives.closure import ClosureMemory, Engine, NoClosure, OpenedClosure, open_closure
+from torch_gradflow.objectives.closure import NoClosure, open_closure
+from torch_gradflow.objectives.opened import Engine, Memory, Opened
 from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters, working_dtype
 from torch_gradflow.objectives.regularized import Penalties
 
@@ -100,7 +101,7 @@ class ClosureOptimizer(Optimizer):
 
     def _forget(self) -> None:
         """What need not survive copying, pickling and loading."""
-        self._memory = ClosureMemory(check=self._settings.check)
+        self._memory = Memory(check=self._settings.check)
         self._counts = EvaluationCounts()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -195,7 +196,7 @@ class ClosureOptimizer(Optimizer):
         *,
         theta: Tensor | None = None,
         expected: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
-    ) -> Iterator[tuple[OpenedClosure, Accepted]]:
+    ) -> Iterator[tuple[Opened, Accepted]]:
         """The closure opened for one step; at the end, also after a failure, the parameters are the accepted θ."""
         try:
             opened = open_closure(

@@ -20,8 +20,8 @@ from torch_gradflow.flow.progress import Progress
 from torch_gradflow.flow.solution import FlowReport, FlowSolution, Knot
 from torch_gradflow.flow.stopping import StoppingRule
 from torch_gradflow.objectives.base import Objective
-from torch_gradflow.objectives.closure import Engine, GradientFlowWarning, OpenedClosure
 from torch_gradflow.objectives.contract import agree
+from torch_gradflow.objectives.opened import Engine, GradientFlowWarning, Opened
 from torch_gradflow.objectives.parameters import working_dtype
 from torch_gradflow.objectives.regularized import Penalties, Regularized, Rescaled
 from torch_gradflow.optim import carried
@@ -294,7 +294,7 @@ class GradientFlow(ClosureOptimizer):
         reference = carried.reference_lr(self)
         return FlowProblem(reference, (active.expand("lr") / reference).sqrt(), self._penalties(active))
 
-    def _note_step(self, opened: OpenedClosure, piece: Piece, problem: FlowProblem) -> None:
+    def _note_step(self, opened: Opened, piece: Piece, problem: FlowProblem) -> None:
         here = piece.state.here
         message = f"Reached the end of the step, t = {here.t:.6g}."
         if piece.end is not None and piece.end.status != "t_end":
@@ -306,7 +306,7 @@ class GradientFlow(ClosureOptimizer):
         self.stats.n_accepted += piece.n_accepted
         self.stats.n_rejected += piece.n_rejected
 
-    def _note(self, opened: OpenedClosure, status: str, message: str, step_size: float) -> None:
+    def _note(self, opened: Opened, status: str, message: str, step_size: float) -> None:
         counts = self._counts
         self.stats = replace(
             self.stats,
@@ -348,7 +348,7 @@ class FlowProblem:
             loss, gradient = self.penalties.add(theta, loss, gradient)
         return loss, gradient * self.scale
 
-    def field(self, opened: OpenedClosure, t: float) -> tuple[Objective, Knot]:
+    def field(self, opened: Opened, t: float) -> tuple[Objective, Knot]:
         """F, and the point at the start."""
         objective = opened.objective
         if self.penalties is not None:

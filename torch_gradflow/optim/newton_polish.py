@@ -11,7 +11,7 @@ import torch
 from torch_gradflow.minimize.minimize import MinimizeRun, check_memory, check_settings
 from torch_gradflow.minimize.result import MinimizeReport, MinimizeResult
 from torch_gradflow.objectives.base import DerivativeError
-from torch_gradflow.objectives.closure import Engine
+from torch_gradflow.objectives.opened import Engine
 from torch_gradflow.objectives.regularized import Regularized
 from torch_gradflow.optim.closure_optimizer import ClosureOptimizer, ObjectiveSettings, Params
 

@@ -1,0 +1,166 @@
+"""A plain training loop, unmodified, as an Objective: no closure, only what was recorded of its forward pass.
+
+Between ``optimizer.zero_grad()`` and ``optimizer.step()`` a loop computes a loss, or several, and calls ``backward``. What
+was recorded of it is L(θ), the sum of these losses, with everything else held fixed that the loop took for granted: data,
+what it computed under ``no_grad``, numbers that it read out of tensors. The record serves where it gives the gradient that
+the loop left in ``.grad``, which is checked at every step; the loop cannot be called again, so where the record does not
+serve, that gradient is all there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from torch_gradflow.objectives.base import EvaluationCounts
+from torch_gradflow.objectives.contract import downhill, not_the_slope
+from torch_gradflow.objectives.opened import NOT_A_GRADIENT, Memory, Opened, try_replay
+from torch_gradflow.objectives.parameters import ParameterLayout
+from torch_gradflow.objectives.program import Program
+from torch_gradflow.objectives.record import Recording
+from torch_gradflow.objectives.trees import version_of
+
+NOT_ZEROED_BEFORE = (
+    "optimizer.zero_grad() was not called between the last step and this forward pass, so that nothing was recorded "
+    "(model.zero_grad() does not tell the optimizer; call optimizer.zero_grad() before the forward pass)"
+)
+
+
+class NoRecord(Exception):
+    """The record of the forward pass does not serve, for the reason that is the message.
+
+    Attributes:
+        passing: Whether the next pass may show that it would have served.
+    """
+
+    def __init__(self, reason: str, *, passing: bool = False) -> None:
+        super().__init__(reason)
+        self.passing = passing
+
+
+def gradient_left(parameters: Sequence[Tensor], layout: ParameterLayout) -> Tensor:
+    """What the loop's backward left in ``.grad``, shape ``(P,)``.
+
+    Raises:
+        FloatingPointError: If it is not finite.
+    """
+    gradient = layout.gradient(parameters)
+    if not bool(torch.isfinite(gradient).all()):
+        raise FloatingPointError(
+            f"the gradient in .grad is not finite (its norm is {float(gradient.norm())}); the parameters were left as they "
+            "are. Start from other parameters, mend the loss, or skip this step."
+        )
+    return gradient
+
+
+def open_loop(
+    recording: Recording | None,
+    parameters: Sequence[Tensor],
+    layout: ParameterLayout,
+    memory: Memory,
+    counts: EvaluationCounts,
+    *,
+    why_not: str = NOT_ZEROED_BEFORE,
+    theta: Tensor | None = None,
+    expected: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
+) -> Opened:
+    """Make what was recorded of a loop an Objective of the flat vector of ``parameters``.
+
+    Args:
+        recording: What was recorded since ``zero_grad()``, or None.
+        parameters: The tensors that θ stands for.
+        layout: Their layout; with a wider ``dtype`` than theirs the replay computes in that type.
+        memory: What was learnt in earlier steps; updated.
+        counts: Where evaluations are counted.
+        why_not: Why there is no recording, if there is none.
+        theta: θ in ``layout.dtype`` where it is known more precisely than the parameters hold it.
+        expected: Whether (loss, gradient, θ) at the start are those that an unchanged objective would give.
+
+    Raises:
+        NoRecord: If the record does not serve.
+        FloatingPointError: If loss or gradient are not finite.
+    """
+    theta = layout.flatten(parameters) if theta is None else theta
+    if recording is None:
+        raise NoRecord(why_not)
+    gradient = gradient_left(parameters, layout)
+    program = _usable(recording, parameters, memory)
+    if recording.loss is None or recording.loss.numel() != 1:
+        raise NoRecord("backward was called on a tensor with more than one element")
+    recorded = recording.loss.detach().reshape(())
+    loss = recorded.to(dtype=layout.dtype, device=layout.device)
+    if not bool(torch.isfinite(loss)):
+        raise FloatingPointError(f"the loss is {float(loss)}; the parameters were left as they are.")
+    unchanged = expected is not None and expected(loss, gradient, theta)
+    resolution = layout.resolution(recording.autocast)
+    tried = try_replay(program, theta, loss, gradient, layout, memory, counts, resolution, unchanged)
+    if tried.objective is None:
+        memory.program = None
+        raise NoRecord(tried.reason)
+    if memory.check and memory.structure not in memory.behaved:
+        shift = downhill(theta, tried.gradient, layout)
+        moved = tried.objective.loss_and_gradient(theta + shift)
+        memory.not_a_gradient = not_the_slope((tried.loss, tried.gradient), moved, shift, layout)
+        if memory.not_a_gradient:
+            memory.warn_once(NOT_A_GRADIENT.format(memory.not_a_gradient))
+        else:
+            memory.behaved.add(memory.structure)
+    if program.holds_fixed:
+        memory.warn_once(
+            "the loss uses values that were computed from the parameters under no_grad. They are held fixed within a step, "
+            "like data; the next step takes them as the loop computes them then."
+        )
+    if recording.normalises:
+        memory.warn_once(
+            "a normalisation uses the statistics of the batch (BatchNorm in training mode). Its running statistics move once "
+            "per step, and the flow is that of the loss with batch statistics; call model.eval() to follow the loss of the "
+            "model as it will be used."
+        )
+    memory.program = program
+    return Opened(
+        tried.objective,
+        recorded,
+        theta,
+        tried.loss,
+        tried.gradient,
+        "replay",
+        "",
+        tried.unchanged,
+        parameters,
+        layout,
+        [(p, p.grad) for p in parameters],
+    )
+
+
+def _usable(recording: Recording, parameters: Sequence[Tensor], memory: Memory) -> Program:
+    """The recorded program, if nothing speaks against it.
+
+    A number that was read out of the loss, or a decision by its value, speaks against it unless the pass before ran just
+    the same, number for number, at other parameters: then it was only logged.
+    """
+    program = recording.program()
+    before, memory.previous = memory.previous, program
+    if program is None:
+        raise NoRecord(_why_nothing(recording))
+    if recording.doubts:
+        raise NoRecord("; ".join(recording.doubts))
+    if recording.parameter_versions != [version_of(p) for p in parameters]:
+        raise NoRecord("the parameters were changed between the forward pass and step(), or others move now than before")
+    ran_the_same = before is not None and before.structure() == program.structure() and before.numbers() == program.numbers()
+    if recording.suspicions and not ran_the_same:
+        advice = "; do so after backward(), or within optimizer.recording_paused()"
+        raise NoRecord("; ".join(recording.suspicions) + advice, passing=before is None)
+    return program
+
+
+def _why_nothing(recording: Recording) -> str:
+    if recording.doubts:
+        return "; ".join(recording.doubts)
+    if recording.n_backward:
+        return (
+            "backward was called on a loss that was not computed from the parameters between zero_grad() and backward(); "
+            "call zero_grad() before the forward pass"
+        )
+    return "no call of Tensor.backward was seen between zero_grad() and step() (torch.autograd.backward is not seen)"

@@ -1,0 +1,204 @@
+"""An objective for one step: where it came from, what is known of it at the start, what is remembered of the last one."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from torch_gradflow.objectives.base import EvaluationCounts, Objective
+from torch_gradflow.objectives.contract import agree
+from torch_gradflow.objectives.function import FunctionObjective, SecondDerivatives
+from torch_gradflow.objectives.parameters import ParameterLayout
+from torch_gradflow.objectives.program import Program
+
+Engine = Literal["auto", "replay", "closure"]
+NOT_A_GRADIENT = (
+    "what backward leaves in .grad is not the gradient of the loss: {}. (A detached or no_grad target, a straight-through "
+    "estimator, clipping or a hook?) The flow follows .grad."
+)
+
+
+class GradientFlowWarning(UserWarning):
+    """Something works, but not quite as its user may think."""
+
+
+@dataclass
+class Memory:
+    """What stays known of a closure or a loop from one step to the next.
+
+    Attributes:
+        check: Whether the contract is to be checked on first use.
+        checked: Whether it was.
+        program: The last program whose replay was confirmed.
+        structure: The structure of the program that was replayed last.
+        second_derivatives: The confirmed path to second derivatives of programs of that structure.
+        not_a_gradient: How the gradients were seen not to be those of the loss, or "".
+        distrusted: Structures of programs that were seen not to be the closure, each with the reason.
+        behaved: Structures of programs whose gradients were seen to be those of the loss.
+        previous: What a loop's last record held, whether it served or not.
+        said: Warnings already given.
+    """
+
+    check: bool = True
+    checked: bool = False
+    program: Program | None = None
+    structure: tuple[Any, ...] = ()
+    second_derivatives: SecondDerivatives | None = None
+    not_a_gradient: str = ""
+    distrusted: dict[tuple[Any, ...], str] = field(default_factory=dict)
+    behaved: set[tuple[Any, ...]] = field(default_factory=set)
+    previous: Program | None = None
+    said: set[str] = field(default_factory=set)
+
+    def warn_once(self, message: str) -> None:
+        """Warn with ``message`` unless that was done before."""
+        if message not in self.said:
+            self.said.add(message)
+            warnings.warn(message, GradientFlowWarning, stacklevel=5)
+
+
+@dataclass
+class Opened:
+    """One step's objective, see ``open_closure`` and ``open_loop``.
+
+    Attributes:
+        objective: L(θ).
+        returned: What the closure returned at the start, or the recorded loss.
+        theta: θ at the start.
+        loss: L at the start.
+        gradient: ∇L at the start, as the user's own backward left it in ``.grad``.
+        engine: Which engine serves, "replay" or "closure".
+        reason: Why the replay does not serve, or "".
+        unchanged: Whether loss and gradient at the start are those that were expected.
+    """
+
+    objective: Objective
+    returned: Any
+    theta: Tensor
+    loss: Tensor
+    gradient: Tensor
+    engine: str
+    reason: str
+    unchanged: bool
+    _parameters: Sequence[Tensor]
+    _layout: ParameterLayout
+    _gradients: Sequence[tuple[Tensor, Tensor | None]]
+
+    def finish(self, theta: Tensor) -> None:
+        """Put θ into the parameters and the gradient at the start back into ``.grad``."""
+        self._layout.write(theta, self._parameters)
+        for parameter, gradient in self._gradients:
+            parameter.grad = gradient
+
+
+def replayed(
+    program: Program,
+    layout: ParameterLayout,
+    counts: EvaluationCounts,
+    resolution: float,
+    second_derivatives: SecondDerivatives | None = None,
+) -> FunctionObjective:
+    """The program as an Objective; computed in ``layout.dtype`` where that is wider than the parameters' types."""
+    wide = layout.dtype == torch.float64 and any(dtype != torch.float64 for dtype in layout.dtypes)
+    if wide and torch.float64 not in layout.dtypes:
+        widened, resolution = program.in_float64(), torch.finfo(torch.float64).eps
+
+        def term(theta: Tensor) -> Tensor:
+            return widened.evaluate(layout.split(theta))
+    else:
+
+        def term(theta: Tensor) -> Tensor:
+            return program.evaluate(layout.split_as_parameters(theta)).to(layout.dtype)
+
+    return FunctionObjective(
+        lambda: (term,),
+        layout.n_parameters,
+        layout.dtype,
+        layout.device,
+        counts=counts,
+        second_derivatives=second_derivatives,
+        resolution=resolution,
+    )
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What came of the attempt to replay a program.
+
+    Attributes:
+        objective: The replay, or None where it does not serve.
+        reason: Why it does not, or "".
+        loss: L at the start; that of the replay where it computes in a wider type.
+        gradient: ∇L at the start, likewise.
+        unchanged: Whether it is the function of the last step, too.
+        found: The gradient of the replay at the start where it was computed, else None.
+    """
+
+    objective: FunctionObjective | None
+    reason: str
+    loss: Tensor
+    gradient: Tensor
+    unchanged: bool
+    found: Tensor | None = None
+
+
+def try_replay(
+    program: Program,
+    theta: Tensor,
+    loss: Tensor,
+    gradient: Tensor,
+    layout: ParameterLayout,
+    memory: Memory,
+    counts: EvaluationCounts,
+    resolution: float,
+    unchanged: bool,
+) -> Replay:
+    """Replay ``program`` if it gives ``loss`` and ``gradient`` at θ.
+
+    Where it is the program of the last step, whose replay predicted both (``unchanged``), they need not be computed again.
+    """
+    doubt = memory.distrusted.get(program.structure())
+    if doubt is not None:
+        return Replay(None, doubt, loss, gradient, unchanged)
+    if program.structure() != memory.structure:
+        memory.structure, memory.second_derivatives = program.structure(), None
+    # Without a program in memory (after a restart) loss and gradient alone have to tell.
+    unchanged = unchanged and (memory.program is None or memory.program.same_function_as(program))
+    replay = replayed(program, layout, counts, resolution, memory.second_derivatives)
+    wide = any(dtype != layout.dtype for dtype in layout.dtypes)
+    if memory.program is not None and unchanged and not wide:
+        return Replay(replay, "", loss, gradient, unchanged)
+    try:
+        found = replay.loss_and_gradient(theta)
+    except Exception as error:  # a replay can fail in any way that user code can: that only means it is not used
+        text = str(error).splitlines()[0] if str(error) else ""
+        reason = f"its record cannot be replayed ({type(error).__name__}: {text})"
+        return Replay(None, reason, loss, gradient, unchanged)
+    reason = _difference(found, (loss, gradient), layout)
+    if reason:
+        return Replay(None, reason, loss, gradient, unchanged, found[1])
+    # The user's own loss and gradient are those of narrower numbers, at the rounded θ.
+    return Replay(replay, "", *(found if wide else (loss, gradient)), unchanged, found[1])
+
+
+def _difference(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], layout: ParameterLayout) -> str:
+    """How the replay's loss and gradient differ from the user's own, or ""."""
+    if agree(found, wanted, layout):
+        return ""
+    (loss, replayed), (_, gradient) = found, wanted
+    if not agree((loss, gradient), wanted, layout):
+        return "the replayed loss is not the closure's (data changed outside of torch, or a function that is not recorded)"
+    if agree((loss, (gradient @ replayed) / (replayed @ replayed) * replayed), wanted, layout):
+        return (
+            "the gradient in .grad is not that of the recorded loss but a multiple of it (clipping or scaling after backward)"
+        )
+    return (
+        "the gradient in .grad is not that of the recorded loss (a custom autograd Function such as a straight-through "
+        "estimator, a hook on a gradient, a second loss that was not recorded, or gradients changed after backward such as "
+        "by clipping)"
+    )
