@@ -116,8 +116,9 @@ def advance(state: AdamsState, gradient: Tensor, *, cap: float, rtol: float, ato
 
     The flow of the new L starts there, restless: L may change at every call, as with mini-batches. It came to rest if a
     step succeeds along which the gradient changes far less than it did at the one point; small steps alone would succeed
-    anyhow. The first failure is tried again, shorter. After that every call goes on from where it stands, by steps that
-    grow to ``first_step_size``; ever more rarely (the 2nd, 4th, 8th, … time) one is so short that it succeeds if L rests.
+    anyhow. The first failure is tried again, shorter. After that every call goes on from where it stands, by steps of order
+    1 that grow to ``first_step_size``; now and then (the 2nd, 4th, 8th, …, and each 128th call) one is so short that it
+    succeeds if L rests.
 
     Args:
         state: The state, which is left as it is.

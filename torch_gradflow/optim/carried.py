@@ -4,11 +4,14 @@ Tensors stand in ``optimizer.state[parameter]`` in the parameter's shape (so che
 the last step left the parameter, in the type in which the flow is computed; "slope",
 the gradient to be expected at the next step if nothing changes, and "knots", the accepted points around and ahead of the
 present, θ first, then gradients. Plain numbers stand in the parameter groups, the same in each. All of it is in the
-coordinates φ = θ/√d of the flow. Nothing is held anywhere else, so that a resumed flow continues bit for bit.
+coordinates φ = θ/√d of the flow. While the flow advances with one gradient per call (``flow.adams``), the "knots" are the
+last accepted point and the gradients kept, and "theta" is the proposal that stands in the parameters. Nothing is held
+anywhere else, so that a resumed flow continues bit for bit.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
+from torch_gradflow.flow.adams import AdamsState
 from torch_gradflow.flow.continuation import Continuation
 from torch_gradflow.flow.dense import HermiteWindow
 from torch_gradflow.flow.solution import Knot
@@ -29,6 +33,8 @@ DEFAULTS: dict[str, Any] = {
     "knot_times": [],
     "seen": 0,
     "moved_at": [],
+    "multistep": [],
+    "owed": 0.0,
 }
 
 
@@ -69,11 +75,8 @@ def initialise(optimizer: Optimizer, n_knots: int, dtype: torch.dtype) -> None:
 
 def read(optimizer: Optimizer, active: ActiveParameters, n_knots: int) -> Carried | None:
     """What the last step left, or None if there is nothing, or if other parameters move now, or at other speeds."""
-    group = optimizer.param_groups[0]
-    if math.isnan(group["expected_loss"]) or group["moved_at"] != _speeds(optimizer):
-        return None
-    states = [optimizer.state[p] for p in active.tensors]
-    if any("slope" not in s or s["knots"].shape[0] != 2 * n_knots or s["knots"].dtype != active.layout.dtype for s in states):
+    group, states = optimizer.param_groups[0], _states(optimizer, active, n_knots)
+    if states is None or math.isnan(group["expected_loss"]):
         return None
     layout, t = active.layout, float(group["flow_time"])
     loss = torch.tensor(group["expected_loss"], dtype=layout.dtype, device=layout.device)
@@ -108,6 +111,44 @@ def write(optimizer: Optimizer, active: ActiveParameters, state: Continuation, s
         knot_times=[] if window is None else list(window.times),
         seen=seen,
         moved_at=_speeds(optimizer),
+        multistep=[],
+        owed=0.0,
+    )
+
+
+def read_multistep(optimizer: Optimizer, active: ActiveParameters, n_knots: int) -> AdamsState | None:
+    """Where a flow with one gradient per call stands, or None; the same conditions as for ``read``."""
+    group, states = optimizer.param_groups[0], _states(optimizer, active, n_knots)
+    if states is None or not group["multistep"]:
+        return None
+    rows = torch.cat([s["knots"].reshape(2 * n_knots, -1) for s in states], dim=1)
+    order, proposed, n_rejected, restless, jump = group["multistep"]
+    times = tuple(group["knot_times"])
+    return AdamsState(
+        t=times[0],
+        theta=rows[0],
+        times=times,
+        gradients=rows[1 : 1 + len(times)],
+        order=int(order),
+        proposed=float(proposed),
+        step_size=float(group["step_size"]),
+        n_rejected=int(n_rejected),
+        restless=bool(restless),
+        jump=float(jump),
+    )
+
+
+def write_multistep(optimizer: Optimizer, active: ActiveParameters, state: AdamsState, n_knots: int, owed: float) -> None:
+    """Keep where a flow with one gradient per call stands; ``owed`` is the flow time that this call was short of."""
+    unused = state.theta.new_zeros(2 * n_knots - 1 - len(state.times), state.theta.numel())
+    rows = torch.cat([state.theta[None], state.gradients, unused])
+    columns = rows.split([shape.numel() for shape in active.layout.shapes], dim=1)
+    for p, column in zip(active.tensors, columns, strict=True):
+        optimizer.state[p]["knots"] = column.reshape(2 * n_knots, *p.shape).contiguous()
+    numbers = [state.order, state.proposed, state.n_rejected, state.restless, state.jump]
+    forget(optimizer, state.t, state.step_size)
+    _write_numbers(
+        optimizer, knot_times=list(state.times), multistep=[float(x) for x in numbers], owed=owed, moved_at=_speeds(optimizer)
     )
 
 
@@ -116,8 +157,19 @@ def forget(optimizer: Optimizer, flow_time: float, next_step_size: float | None 
     known = step_size(optimizer) if next_step_size is None else next_step_size
     _write_numbers(
         optimizer,
-        **{**DEFAULTS, "flow_time": flow_time, "step_size": known or 0.0, "knot_times": [], "moved_at": []},
+        **{**copy.deepcopy(DEFAULTS), "flow_time": flow_time, "step_size": known or 0.0},
     )
+
+
+def _states(optimizer: Optimizer, active: ActiveParameters, n_knots: int) -> list[dict[str, Any]] | None:
+    """The state of each moving parameter, or None if others moved before, at other speeds, or by another method."""
+    if optimizer.param_groups[0]["moved_at"] != _speeds(optimizer):
+        return None
+    states = [optimizer.state[p] for p in active.tensors]
+    for state in states:
+        if "slope" not in state or state["knots"].shape[0] != 2 * n_knots or state["knots"].dtype != active.layout.dtype:
+            return None
+    return states
 
 
 def _write_numbers(optimizer: Optimizer, **numbers: Any) -> None:

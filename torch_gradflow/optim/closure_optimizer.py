@@ -1,10 +1,10 @@
-"""What GradientFlow and NewtonPolish share: parameters, settings, and a closure opened as an objective for one step."""
+"""What GradientFlow and NewtonPolish share: parameters, settings, and a closure or a loop opened as one step's objective."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,32 +15,25 @@ from torch.optim.optimizer import Optimizer
 from torch_gradflow.checks import check_number
 from torch_gradflow.objectives.base import EvaluationCounts
 from torch_gradflow.objectives.closure import NoClosure, open_closure
+from torch_gradflow.objectives.loop import NOT_ZEROED_BEFORE, open_loop
 from torch_gradflow.objectives.opened import Engine, Memory, Opened
 from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters, working_dtype
+from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.regularized import Penalties
+from torch_gradflow.objectives.tape import tape
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
-
-NO_CLOSURE = (
-    "{name}.step() was called without a closure, but it has to evaluate the loss at other parameters. Write\n"
-    "    def closure():\n"
-    "        optimizer.zero_grad()\n"
-    "        loss = loss_fn(model(x), y)\n"
-    "        loss.backward()\n"
-    "        return loss\n"
-    "    optimizer.step(closure)\n"
-    "(step() in a loop without a closure is not supported yet. In Lightning's manual optimization, pass closure=closure.)"
-)
 
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """How a closure becomes an objective; see ``GradientFlow`` for the meaning of each."""
+    """How a closure or a loop becomes an objective; see ``GradientFlow`` for the meaning of each."""
 
     max_norm: float | None
     dtype: torch.dtype | None
     engine: Engine
     check: bool
+    record: bool
 
     def __post_init__(self) -> None:
         if self.max_norm is not None:
@@ -49,8 +42,11 @@ class ObjectiveSettings:
             raise ValueError(f"dtype must be torch.float64, torch.float32 or None, not {self.dtype!r}.")
         if self.engine not in ("auto", "replay", "closure"):
             raise ValueError(f"engine must be 'auto', 'replay' or 'closure', not {self.engine!r}.")
-        if not isinstance(self.check, bool):
-            raise TypeError(f"check must be True or False, not {self.check!r}.")
+        for name in ("check", "record"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}.")
+        if self.engine == "replay" and not self.record:
+            raise ValueError("record=False leaves engine='replay' nothing to replay in a loop without a closure; drop one.")
 
 
 @dataclass
@@ -73,7 +69,7 @@ class ActiveParameters:
 
 
 class ClosureOptimizer(Optimizer):
-    """An optimizer that evaluates the objective behind a closure at parameters of its own choice."""
+    """An optimizer that evaluates the objective behind a closure or a loop at parameters of its own choice."""
 
     def __init__(self, params: Params, defaults: dict[str, Any], settings: ObjectiveSettings) -> None:
         check_group({**defaults}, "")
@@ -103,6 +99,10 @@ class ClosureOptimizer(Optimizer):
         """What need not survive copying, pickling and loading."""
         self._memory = Memory(check=self._settings.check)
         self._counts = EvaluationCounts()
+        self._recording: Recording | None = None
+        self._recorded = RecordingCosts()
+        self._zeroed = False
+        self._stepping = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_settings": self._settings}
@@ -174,10 +174,55 @@ class ClosureOptimizer(Optimizer):
         with torch.enable_grad():
             return closure()
 
-    def _require_closure(self, closure: Callable[[], Any] | None) -> Callable[[], Any]:
-        if closure is None:
-            raise RuntimeError(NO_CLOSURE.format(name=type(self).__name__))
-        if not callable(closure):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As ``torch.optim.Optimizer.zero_grad``; in a loop without a closure it also begins the record of the next pass.
+
+        The record ends with the next ``step``; it holds what is computed from the parameters in this thread, except under
+        ``no_grad`` and within ``recording_paused``.
+        """
+        super().zero_grad(set_to_none)
+        if self._stepping:
+            return
+        self._zeroed = True
+        self._end_recording()
+        moving = [p for g in self.param_groups if float(g["lr"]) != 0.0 for p in g["params"] if p.requires_grad]
+        if moving and self._settings.record and self._settings.engine != "closure":
+            self._recording = Recording(moving, loop=True)
+            tape().begin(self._recording)
+
+    @contextmanager
+    def recording_paused(self) -> Iterator[None]:
+        """Record nothing within: for evaluations between ``zero_grad()`` and ``step()`` that do not belong to the loss."""
+        recording = self._recording
+        if recording is None or recording.paused:
+            yield
+            return
+        recording.paused = True
+        try:
+            yield
+        finally:
+            recording.paused = False
+
+    def _end_recording(self) -> Recording | None:
+        recording, self._recording = self._recording, None
+        if recording is not None:
+            tape().end(recording)
+            self._recorded = RecordingCosts(recording.n_calls, self._recorded.seconds + recording.seconds)
+        return recording
+
+    @contextmanager
+    def _step_begun(self) -> Iterator[Recording | None]:
+        """A step, with what was recorded for it; nothing is recorded within, not by other optimizers either."""
+        recording, self._stepping = self._end_recording(), True
+        try:
+            with tape().silenced():
+                yield recording
+        finally:
+            self._stepping = False
+
+    def _check_closure(self, closure: Callable[[], Any] | None) -> None:
+        if closure is not None and not callable(closure):
             raise TypeError(f"closure must be a function without arguments that returns the loss, not {closure!r}.")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             n = torch.distributed.get_world_size()
@@ -186,32 +231,49 @@ class ClosureOptimizer(Optimizer):
                     f"{type(self).__name__} was used in a group of {n} processes: their losses and gradients would have "
                     "to be combined at every evaluation, which is not supported yet. Run it in one process."
                 )
-        return closure
 
     @contextmanager
     def _open(
         self,
-        closure: Callable[[], Any],
+        closure: Callable[[], Any] | None,
+        recording: Recording | None,
         active: ActiveParameters,
         *,
         theta: Tensor | None = None,
         expected: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
     ) -> Iterator[tuple[Opened, Accepted]]:
-        """The closure opened for one step; at the end, also after a failure, the parameters are the accepted θ."""
-        try:
-            opened = open_closure(
-                closure,
+        """Closure or loop opened for one step; at the end, also after a failure, the parameters are the accepted θ.
+
+        Raises:
+            NoRecord: If there is no closure, and no record that serves.
+        """
+        opened = None
+        others = [p for g in self.param_groups for p in g["params"] if all(p is not t for t in active.tensors)]
+        if closure is not None:
+            with suppress(NoClosure):
+                opened = open_closure(
+                    closure,
+                    active.tensors,
+                    active.layout,
+                    self._memory,
+                    self._counts,
+                    engine=self._settings.engine,
+                    theta=theta,
+                    expected=expected,
+                    bystanders=others,
+                )
+        if opened is None:
+            self._counts.n_grad += 1  # the loop's own
+            opened = open_loop(
+                recording,
                 active.tensors,
                 active.layout,
                 self._memory,
                 self._counts,
-                engine=self._settings.engine,
+                why_not=self._why_no_recording(),
                 theta=theta,
                 expected=expected,
-                bystanders=[p for g in self.param_groups for p in g["params"] if all(p is not t for t in active.tensors)],
             )
-        except NoClosure:
-            raise RuntimeError(NO_CLOSURE.format(name=type(self).__name__)) from None
         accepted = Accepted(opened.theta)
         try:
             yield opened, accepted
@@ -219,6 +281,13 @@ class ClosureOptimizer(Optimizer):
             opened.finish(accepted.theta)
             objective = opened.objective
             self._memory.second_derivatives = getattr(objective, "second_derivatives", None)
+
+    def _why_no_recording(self) -> str:
+        if not self._settings.record:
+            return "record=False was asked for"
+        if self._settings.engine == "closure":
+            return "engine='closure' was asked for, and there is no closure"
+        return NOT_ZEROED_BEFORE
 
     def _penalties(self, active: ActiveParameters) -> Penalties | None:
         """What is added to L, or None where the objective is L itself."""
@@ -239,6 +308,14 @@ class ClosureOptimizer(Optimizer):
         """Keep θ in its own type, to recognise it, and because the parameters may be narrower."""
         for parameter, part in zip(active.tensors, active.layout.split(theta), strict=True):
             self.state[parameter]["theta"] = part.clone()
+
+
+@dataclass(frozen=True)
+class RecordingCosts:
+    """Calls kept in the last record, and the seconds that recording took so far."""
+
+    n_calls: int = 0
+    seconds: float = 0.0
 
 
 @dataclass

@@ -13,16 +13,20 @@ import torch
 from torch import Tensor
 
 from torch_gradflow.checks import check_count, check_number
+from torch_gradflow.flow import adams
+from torch_gradflow.flow.adams import AdamsState
 from torch_gradflow.flow.continuation import Continuation, Piece, advance
 from torch_gradflow.flow.explicit import ExplicitMethod, find_method
 from torch_gradflow.flow.integrate import FlowRun, check_arguments, failure_message, tolerances
 from torch_gradflow.flow.progress import Progress
 from torch_gradflow.flow.solution import FlowReport, FlowSolution, Knot
 from torch_gradflow.flow.stopping import StoppingRule
-from torch_gradflow.objectives.base import Objective
+from torch_gradflow.objectives.base import ClosureError, Objective
 from torch_gradflow.objectives.contract import agree
+from torch_gradflow.objectives.loop import NoRecord
 from torch_gradflow.objectives.opened import Engine, GradientFlowWarning, Opened
 from torch_gradflow.objectives.parameters import working_dtype
+from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.regularized import Penalties, Regularized, Rescaled
 from torch_gradflow.optim import carried
 from torch_gradflow.optim.closure_optimizer import ActiveParameters, ClosureOptimizer, ObjectiveSettings, Params
@@ -33,13 +37,15 @@ class FlowStats:
     """What the last step (or ``integrate``) did, and what it cost so far.
 
     Attributes:
-        engine: "replay" (the closure's recorded calls serve all evaluations) or "closure" (it is called again).
+        engine: "replay" (the recorded calls of the closure or of the loop serve all evaluations), "closure" (it is called
+            again) or "fallback" (a loop without a record that serves: one gradient per call, the one in ``.grad``).
         engine_reason: Why the replay does not serve, or "".
         method: The integrator.
         loss: L at the end of the last step where that is known, else at its start.
         grad_norm: ‖∇L‖ in the infinity norm at the same point (of the regularised loss, if it is regularised).
         step_size: The integrator's next step size, in flow time.
-        status: "t_end" after a complete step; else why it ended before, see ``FlowSolution.status``.
+        status: "t_end" after a complete step; else why it ended before, see ``FlowSolution.status``; in the fallback what
+            became of the last proposal: "begun", "accepted", "rejected", "confirmed" or "changed", see ``flow.adams``.
         message: The same as a sentence.
         n_closure: Calls of the closure.
         n_grad: Gradients, those of the closure and of replays.
@@ -47,6 +53,8 @@ class FlowStats:
         n_hessian: Hessians.
         n_accepted: Accepted integrator steps.
         n_rejected: Rejected integrator steps.
+        n_recorded: Torch calls in the last record of a loop.
+        record_seconds: What recording loops cost so far, in seconds.
     """
 
     engine: str = ""
@@ -63,16 +71,21 @@ class FlowStats:
     n_hessian: int = 0
     n_accepted: int = 0
     n_rejected: int = 0
+    n_recorded: int = 0
+    record_seconds: float = 0.0
 
 
 class GradientFlow(ClosureOptimizer):
     """Follows the gradient flow dθ/dt = −∇L(θ) by adaptive integration; one step advances it by the flow time ``lr``.
 
-    SGD with learning rate lr is one Euler step of the same length, GradientFlow(lr) the exact limit. It is used like
-    ``torch.optim.LBFGS``: ``optimizer.step(closure)`` with the usual closure, which stands for one fixed objective within
-    a step. The closure runs once per step; everything else is computed from a record of its forward pass, as long as that
-    record reproduces the closure's own loss and gradient (see ``torch_gradflow.objectives.closure``), else by calling the
-    closure again.
+    SGD with learning rate lr is one Euler step of the same length, GradientFlow(lr) the exact limit. It is used like any
+    torch optimizer, in the plain loop (``zero_grad()``, loss, ``backward()``, ``step()``) or with ``step(closure)``; the loss
+    of one pass stands for one fixed objective within a step. That pass runs once per step; everything else is computed from
+    a record of it, as long as that record reproduces the gradient that the pass itself left in ``.grad`` (see
+    ``torch_gradflow.objectives.loop`` and ``.closure``). Where it does not, a closure is called again; a plain loop falls
+    back, with a warning, to one gradient per call (``torch_gradflow.flow.adams``): ``lr`` then caps the flow time of a call,
+    ``flow_time`` is how far the flow came, and the parameters are the point at which it wants the next gradient, within the
+    tolerance or nearly so; ``synchronize`` puts the last accepted point into them.
 
     Several parameter groups with different ``lr`` flow at different speeds: relative to the first non-zero one, their
     ``lr`` are inverse time constants. ``lr=0`` freezes a group.
@@ -93,7 +106,9 @@ class GradientFlow(ClosureOptimizer):
         dtype: ``torch.float64`` computes in float64 on a float32 model: a master copy of the parameters, the data and all
             evaluations; parameters are rounded once per step.
         engine: "auto", "replay" (an error where the record cannot be used), or "closure" (never replay).
-        check: Check the closure's contract on the first step, with two more calls of it.
+        check: Check the closure's contract on the first step, with two more calls of it; of a loop only that its gradients
+            are those of the loss, with one more gradient.
+        record: Whether ``zero_grad()`` records the forward pass that follows, for ``step()`` without a closure.
         max_evals: Gradients that one ``step`` may spend before it stops early with status "max_evals".
 
     Attributes:
@@ -118,6 +133,7 @@ class GradientFlow(ClosureOptimizer):
         dtype: torch.dtype | None = None,
         engine: Engine = "auto",
         check: bool = True,
+        record: bool = True,
         max_evals: int = 10_000,
     ) -> None:
         self._method: ExplicitMethod = find_method(method)
@@ -125,7 +141,7 @@ class GradientFlow(ClosureOptimizer):
         self._rtol, self._atol, self._max_evals = rtol, atol, max_evals
         # The flow's own numbers stand in the groups, where state_dict and checkpoints keep them.
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, **carried.DEFAULTS}
-        super().__init__(params, defaults, ObjectiveSettings(max_norm, dtype, engine, check))
+        super().__init__(params, defaults, ObjectiveSettings(max_norm, dtype, engine, check, record))
         narrow = working_dtype([p for g in self.param_groups for p in g["params"]], dtype)
         *_, warning = tolerances(rtol, atol, torch.finfo(narrow).eps)
         if warning:
@@ -156,24 +172,47 @@ class GradientFlow(ClosureOptimizer):
         """Advance the flow by ``lr``.
 
         Args:
-            closure: Zeroes the gradients, computes the loss, calls ``backward`` and returns the loss.
+            closure: Zeroes the gradients, computes the loss, calls ``backward`` and returns the loss. None in a plain loop,
+                whose forward pass since ``zero_grad()`` was recorded.
 
         Returns:
-            What the closure returned: the loss at the start of the step. ``.grad`` is the gradient there. With all
-            ``lr`` zero the closure is called once and nothing moves; then None is a legal closure too.
+            What the closure returned, or the recorded loss: the loss at the start of the step (None where it is not known).
+            ``.grad`` is the gradient there. With all ``lr`` zero nothing moves.
 
         Raises:
-            RuntimeError: Without a closure.
-            ClosureError: If the closure breaks its contract (no zero_grad, no backward, dropout, a scaled loss).
+            ClosureError: If the closure breaks its contract (no zero_grad, no backward, dropout, a scaled loss); with
+                ``engine="replay"``, if the record does not serve.
             FloatingPointError: If loss or gradient are not finite at the start.
         """
         active = self._active()
         if active is None:
             return self._without_motion(closure)
-        closure = self._require_closure(closure)
+        self._check_closure(closure)
         problem = self._problem(active)
         theta = self._known_theta(active)
+        with self._step_begun() as recording:
+            try:
+                return self._follow(closure, recording, active, problem, theta)
+            except NoRecord as why:
+                self._announce(why)
+                return self._fall_back(str(why), recording, active, problem, theta)
+            except FloatingPointError:
+                # A proposal may lie where the loss is not finite: that is the fallback's to judge.
+                if closure is not None or theta is None or not self.param_groups[0]["multistep"]:
+                    raise
+                return self._fall_back(self.stats.engine_reason, recording, active, problem, theta)
+
+    def _follow(
+        self,
+        closure: Callable[[], Any] | None,
+        recording: Recording | None,
+        active: ActiveParameters,
+        problem: FlowProblem,
+        theta: Tensor | None,
+    ) -> Any:
+        """A step along the flow of the closure's or the loop's objective."""
         known = None if theta is None else carried.read(self, active, self._method.n_knots)
+        behind = None if theta is None else carried.read_multistep(self, active, self._method.n_knots)
 
         def is_expected(loss: Tensor, gradient: Tensor, theta: Tensor) -> bool:
             if known is None:
@@ -182,13 +221,18 @@ class GradientFlow(ClosureOptimizer):
             return agree(found, (known.state.here.loss, known.state.here.gradient), active.layout, tight=True)
 
         t = self.flow_time
-        with self._open(closure, active, theta=theta, expected=is_expected) as (opened, accepted):
+        with self._open(closure, recording, active, theta=theta, expected=is_expected) as (opened, accepted):
             objective, start = problem.field(opened, t)
+            duration = problem.reference
             rtol, atol, _ = tolerances(self._rtol, self._atol, objective.resolution)
             if known is not None and opened.unchanged:
                 state, seen = replace(known.state, here=start), known.seen + 1
             else:
-                state, seen = Continuation(start, carried.step_size(self), None), 0
+                if behind is not None:
+                    start, owed = self._go_on_from(behind, start, objective, active)
+                    duration += owed
+                    accepted.theta, t = start.theta * problem.scale, start.t
+                state, seen = Continuation(start, None if behind is not None else carried.step_size(self), None), 0
 
             def on_accept(knot: Knot) -> None:
                 nonlocal t
@@ -199,7 +243,7 @@ class GradientFlow(ClosureOptimizer):
                     self._method,
                     objective,
                     state,
-                    problem.reference,
+                    duration,
                     rtol=rtol,
                     atol=atol,
                     ahead=seen > 0,
@@ -215,6 +259,88 @@ class GradientFlow(ClosureOptimizer):
         self._keep_theta(active, accepted.theta)
         self._note_step(opened, piece, problem)
         return opened.loss if opened.returned is None else opened.returned
+
+    def _go_on_from(
+        self, behind: AdamsState, here: Knot, objective: Objective, active: ActiveParameters
+    ) -> tuple[Knot, float]:
+        """Where the flow goes on after the fallback, and how much flow time the fallback's last call was short of.
+
+        That is the last accepted point if the objective is still the same, else the point that stands in the parameters.
+        """
+        loss, gradient = objective.loss_and_gradient(behind.theta)
+        if agree((loss, gradient), (loss, behind.gradients[0]), active.layout):
+            return Knot(behind.t, behind.theta, loss, gradient), float(self.param_groups[0]["owed"])
+        return replace(here, t=behind.t + behind.proposed), 0.0
+
+    def _announce(self, why: NoRecord) -> None:
+        """Say why there is no more than one gradient per call: an error where the record must serve, else a warning."""
+        reason = str(why)
+        if self._settings.engine == "replay":
+            raise ClosureError(
+                f"engine='replay' was asked for, but the record of the loop cannot be used: {reason}."
+            ) from None
+        chosen = not self._settings.record or self._settings.engine == "closure"
+        # In a loop that ends with zero_grad(), the first iteration has no record; a second one shows that it is another.
+        first = not self._zeroed and not self.stats.status
+        if not (chosen or first or why.passing):
+            self._memory.warn_once(
+                f"step() without a closure goes on with one gradient per call (Adams-Bashforth), because {reason}. lr only "
+                "caps the flow time of such a step: see flow_time."
+            )
+
+    def _fall_back(
+        self, reason: str, recording: Recording | None, active: ActiveParameters, problem: FlowProblem, theta: Tensor | None
+    ) -> Tensor | None:
+        """A step with the one gradient that the loop left in ``.grad``."""
+        loss = None if recording is None or recording.loss is None else recording.loss.detach()
+        if all(p.grad is None for p in active.tensors):
+            self._initialise_state()
+            return loss
+        behind = None if theta is None else carried.read_multistep(self, active, self._method.n_knots)
+        theta = active.layout.flatten(active.tensors) if theta is None else theta
+        found = active.layout.gradient(active.tensors)
+        _, gradient = problem.dress(found.new_zeros(()), found, theta)
+        rtol, atol, _ = tolerances(self._rtol, self._atol, active.layout.resolution())
+        cap = problem.reference
+        t = self.flow_time
+        verdict: str
+        if behind is None:
+            state, verdict = adams.begin(t, theta / problem.scale, gradient, cap=cap, rtol=rtol, atol=atol), "begun"
+        else:
+            state, verdict = adams.advance(behind, gradient, cap=cap, rtol=rtol, atol=atol)
+        self._initialise_state()
+        proposal = state.proposal() * problem.scale
+        active.layout.write(proposal, active.tensors)
+        carried.write_multistep(self, active, state, self._method.n_knots, cap - (state.t - t))
+        self._keep_theta(active, proposal)
+        self._memory.program = None
+        message = f"One gradient per call, because {reason}: the last proposal was {verdict}, t = {state.t:.6g}."
+        self._note("fallback", reason, "adams-bashforth", verdict, message, state.step_size)
+        self.stats.loss = math.nan if loss is None else float(loss)
+        self.stats.grad_norm = float((gradient / problem.scale).abs().max())
+        self.stats.n_accepted += verdict == "accepted"
+        self.stats.n_rejected += verdict == "rejected"
+        return loss
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Put the last accepted point, that of ``flow_time``, into the parameters.
+
+        Only in the fallback to one gradient per call does another point stand there between steps: the one at which the next
+        gradient is wanted. The flow goes on from the accepted point, whose gradient is then evaluated once more. Parameters
+        that were changed since the last step are left alone.
+        """
+        active = self._active()
+        if active is None or self._known_theta(active) is None:
+            return
+        state = carried.read_multistep(self, active, self._method.n_knots)
+        if state is None or not state.proposed:
+            return
+        theta = state.theta * self._problem(active).scale
+        active.layout.write(theta, active.tensors)
+        owed = float(self.param_groups[0]["owed"])
+        carried.write_multistep(self, active, replace(state, proposed=0.0), self._method.n_knots, owed)
+        self._keep_theta(active, theta)
 
     def integrate(
         self,
@@ -248,14 +374,17 @@ class GradientFlow(ClosureOptimizer):
         active = self._active()
         if active is None:
             raise ValueError("integrate has nothing to move: all lr are 0, or no parameter requires gradients.")
-        closure = self._require_closure(closure)
+        self._check_closure(closure)
         t_end = check_number("t_end", t_end, above=0.0, infinite=True)
         if math.isinf(t_end) and not stop and max_evals is None:
             raise ValueError("t_end=inf needs a stopping rule (stop=...) or max_evals, or the flow would never end.")
         check_arguments((0.0, t_end), t_eval, stop, max_evals, progress)
         problem = self._problem(active)
         t = self.flow_time
-        with self._open(closure, active, theta=self._known_theta(active)) as (opened, accepted):
+        with (
+            self._step_begun() as recording,
+            self._open(closure, recording, active, theta=self._known_theta(active)) as (opened, accepted),
+        ):
             objective, start = problem.field(opened, t)
             run = FlowRun(
                 objective,
@@ -281,7 +410,8 @@ class GradientFlow(ClosureOptimizer):
                 carried.forget(self, t + run.last.t, self.solution.step_size)
         self._initialise_state()
         self._keep_theta(active, accepted.theta)
-        self._note(opened, self.solution.status, self.solution.message, self.solution.step_size)
+        solution = self.solution
+        self._note(opened.engine, opened.reason, self._method.name, solution.status, solution.message, solution.step_size)
         self.stats.loss, self.stats.grad_norm = problem.sign * float(run.last.loss), run.grad_norm
         self.stats.n_accepted += self.solution.n_accepted
         self.stats.n_rejected += self.solution.n_rejected
@@ -300,19 +430,20 @@ class GradientFlow(ClosureOptimizer):
         if piece.end is not None and piece.end.status != "t_end":
             message = failure_message(piece.end)
             warnings.warn(f"The step ended before its time ({piece.end.status}). {message}", GradientFlowWarning, stacklevel=4)
-        self._note(opened, piece.status, message, piece.state.step_size or 0.0)
+        step_size = piece.state.step_size or 0.0
+        self._note(opened.engine, opened.reason, self._method.name, piece.status, message, step_size)
         self.stats.loss = problem.sign * float(here.loss)
         self.stats.grad_norm = float((here.gradient / problem.scale).abs().max())
         self.stats.n_accepted += piece.n_accepted
         self.stats.n_rejected += piece.n_rejected
 
-    def _note(self, opened: Opened, status: str, message: str, step_size: float) -> None:
+    def _note(self, engine: str, reason: str, method: str, status: str, message: str, step_size: float) -> None:
         counts = self._counts
         self.stats = replace(
             self.stats,
-            engine=opened.engine,
-            engine_reason=opened.reason,
-            method=self._method.name,
+            engine=engine,
+            engine_reason=reason,
+            method=method,
             step_size=step_size,
             status=status,
             message=message,
@@ -320,6 +451,8 @@ class GradientFlow(ClosureOptimizer):
             n_grad=counts.n_grad,
             n_hvp=counts.n_hvp,
             n_hessian=counts.n_hessian,
+            n_recorded=self._recorded.n_calls,
+            record_seconds=self._recorded.seconds,
         )
 
 

@@ -7,17 +7,20 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from torch_gradflow.minimize.minimize import MinimizeRun, check_memory, check_settings
 from torch_gradflow.minimize.result import MinimizeReport, MinimizeResult
-from torch_gradflow.objectives.base import DerivativeError
+from torch_gradflow.objectives.base import ClosureError, DerivativeError
+from torch_gradflow.objectives.loop import NoRecord
 from torch_gradflow.objectives.opened import Engine
+from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.regularized import Regularized
-from torch_gradflow.optim.closure_optimizer import ClosureOptimizer, ObjectiveSettings, Params
+from torch_gradflow.optim.closure_optimizer import ActiveParameters, ClosureOptimizer, ObjectiveSettings, Params
 
 
 class NewtonPolish(ClosureOptimizer):
-    """Minimises to a critical point with exact second derivatives; one ``step(closure)`` goes to the end.
+    """Minimises to a critical point with exact second derivatives; one ``step`` goes to the end.
 
     Meant for the end of a flow or of a training run: from a point near a minimum it brings the gradient to round-off in a
     few steps, never going uphill, and says with a certificate what kind of point was found. From far away it works too,
@@ -37,6 +40,7 @@ class NewtonPolish(ClosureOptimizer):
         dtype: ``torch.float64`` computes in float64 on a float32 model; parameters are rounded at the end.
         engine: "auto", "replay" or "closure", see ``GradientFlow``.
         check: Check the closure's contract on the first step, with two more calls of it.
+        record: Whether ``zero_grad()`` records the forward pass that follows, for ``step()`` without a closure.
         certificate: Whether to classify the point (two more Hessians).
         progress: True for a progress bar, or a function that is given a ``MinimizeReport`` per iteration.
 
@@ -61,6 +65,7 @@ class NewtonPolish(ClosureOptimizer):
         dtype: torch.dtype | None = None,
         engine: Engine = "auto",
         check: bool = True,
+        record: bool = True,
         certificate: bool = True,
         progress: bool | Callable[[MinimizeReport], Any] | None = None,
     ) -> None:
@@ -73,11 +78,12 @@ class NewtonPolish(ClosureOptimizer):
             "progress": progress,
         }
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, ObjectiveSettings(max_norm, dtype, engine, check))
+        super().__init__(params, defaults, ObjectiveSettings(max_norm, dtype, engine, check, record))
 
     def _forget(self) -> None:
         super()._forget()
         self.result: MinimizeResult | None = None
+        self._waited = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": self._run}
@@ -87,16 +93,18 @@ class NewtonPolish(ClosureOptimizer):
         """Minimise to the end.
 
         Args:
-            closure: Zeroes the gradients, computes the loss, calls ``backward`` and returns the loss.
+            closure: Zeroes the gradients, computes the loss, calls ``backward`` and returns the loss. Without one, the
+                forward pass since ``zero_grad()`` is taken, which must have been recorded; in a loop that ends with
+                ``zero_grad()`` the first step, before anything could be recorded, moves nothing.
 
         Returns:
             The loss at the end, as a 0-dimensional tensor (without the penalties' part, if any, it would not be what was
             minimised: with weight decay or barrier it is the regularised loss). With all ``lr`` zero the closure is
-            called once, its loss returned, and nothing moves; then None is a legal closure too.
+            called once, its loss returned, and nothing moves.
 
         Raises:
-            RuntimeError: Without a closure.
-            ClosureError: If the closure breaks its contract.
+            ClosureError: If there is no closure, and no record of the loop that serves, with the reason; or if the
+                closure breaks its contract.
             DerivativeError: If its second derivatives cannot be had or confirmed.
             MemoryError: If dense Hessians would not fit into memory; nothing was changed.
             FloatingPointError: If loss or gradient are not finite at the start.
@@ -105,9 +113,26 @@ class NewtonPolish(ClosureOptimizer):
         active = self._active()
         if active is None:
             return self._without_motion(closure)
-        closure = self._require_closure(closure)
+        self._check_closure(closure)
         check_memory(active.layout.n_parameters, active.layout.dtype, active.layout.device)
-        with self._open(closure, active, theta=self._known_theta(active)) as (opened, accepted):
+        with self._step_begun() as recording:
+            try:
+                return self._polish(closure, recording, active)
+            except NoRecord as why:
+                if not self._waits_for_record(recording):
+                    raise ClosureError(
+                        f"{type(self).__name__}.step() without a closure has to evaluate the loss at other parameters, but "
+                        f"{why}. Mend that, or write the pass as a closure and call step(closure)."
+                    ) from None
+        return None
+
+    def _waits_for_record(self, recording: Recording | None) -> bool:
+        """Whether the loop may be one that ends with ``zero_grad()``, in its first iteration."""
+        first, self._waited = not self._waited, True
+        return first and recording is None and not self._zeroed and self._settings.record and self._settings.engine == "auto"
+
+    def _polish(self, closure: Callable[[], Any] | None, recording: Recording | None, active: ActiveParameters) -> Tensor:
+        with self._open(closure, recording, active, theta=self._known_theta(active)) as (opened, accepted):
             if self._memory.not_a_gradient:
                 raise DerivativeError(
                     f"the gradient in .grad is not that of the loss: {self._memory.not_a_gradient}. Either gradients are "
