@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,8 +20,7 @@ class Slot:
     index: int
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """One recorded call, with the global modes under which it ran.
 
     A call whose ``obstacle`` is not "" cannot be replayed, for the reason that it gives; it stands for a value that the
@@ -146,7 +145,7 @@ class Program:
 
         def widen_call(call: Call) -> Call:
             function = torch.Tensor.double if call.function is torch.Tensor.float else call.function
-            return replace(call, function=function, args=map_leaves(widen, call.args), kwargs=map_leaves(widen, call.kwargs))
+            return call._replace(function=function, args=map_leaves(widen, call.args), kwargs=map_leaves(widen, call.kwargs))
 
         calls = tuple(widen_call(call) for call in self.calls)
         losses = tuple(replace(loss, weight=widen(loss.weight)) for loss in self.losses)

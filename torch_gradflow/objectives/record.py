@@ -44,7 +44,12 @@ _WHOLE = frozenset({"tolist", "numpy", "__array__", "__dlpack__"})
 # Functions that normalise with batch statistics, with the argument that says whether they do.
 _BATCH_STATISTICS = {"batch_norm": "training", "instance_norm": "use_input_stats"}
 # Functions whose result has a shape that depends on values.
-_SHAPED_BY_VALUES = frozenset({"nonzero", "argwhere", "unique", "unique_consecutive", "bincount", "nonzero_static"})
+_SHAPED_BY_VALUES = frozenset(
+    {
+        *("nonzero", "argwhere", "unique", "unique_consecutive", "bincount", "nonzero_static"),
+        *("where", "__getitem__", "masked_select"),  # these with some arguments
+    }
+)
 _BOOKKEEPING = frozenset({"requires_grad_", "retain_grad"})
 _GRAD_GETTER = torch.Tensor.grad.__get__  # type: ignore[union-attr]  # the stubs know not that it is a descriptor
 _DATA_SETTER = torch.Tensor.data.__set__  # type: ignore[attr-defined]
@@ -116,7 +121,8 @@ class Recording:
         self._constants: dict[int, tuple[Tensor, int]] = {}
         self._copies: dict[int, tuple[Tensor, int, Tensor]] = {}
         self._fixed: set[int] = set()
-        # Whether a gradient can flow from a slot to the parameters.
+        # The names, and whether a gradient can flow from each to the parameters.
+        self._slots: list[Slot] = []
         self._linked: list[bool] = []
         # Tensors that were there before, by the storage that they and their views share.
         self._outside: dict[int, Tensor] = {}
@@ -138,7 +144,8 @@ class Recording:
 
     def _new_slot(self, linked: bool) -> int:
         self._linked.append(linked)
-        return len(self._linked) - 1
+        self._slots.append(Slot(len(self._slots)))
+        return len(self._slots) - 1
 
     def _remark(self, reason: str, slot: int | None = None, *, passing: bool = False) -> None:
         self._remarks.append(Remark(reason, self.n_backward, slot, passing))
@@ -215,8 +222,10 @@ class Recording:
         name = getattr(func, "__name__", "")
         if name in _BOOKKEEPING:
             return
-        results = tensors_in(result)
-        written = [(t, s) for t, s, v in zip(operands, slots, versions, strict=True) if version_of(t) != v]
+        results = [result] if isinstance(result, Tensor) else tensors_in(result)
+        written: list[tuple[Tensor, int | None]] = []
+        if [version_of(t) for t in operands] != versions:
+            written = [(t, s) for t, s, v in zip(operands, slots, versions, strict=True) if version_of(t) != v]
         if func == _DATA_SETTER and slots[0] is not None and slots[0] >= 0:
             self._remark("it assigns to .data of a tensor that depends on the parameters")
         if name in _BATCH_STATISTICS:
@@ -266,21 +275,24 @@ class Recording:
         grad_enabled: bool,
     ) -> None:
         """Keep a call that depends on the parameters."""
-        template = {id(t): Slot(s) for t, s in zip(operands, slots, strict=True) if s is not None and s >= 0}
+        template = {id(t): s for t, s in zip(operands, slots, strict=True) if s is not None and s >= 0}
 
         def leaf(value: Any) -> Any:
-            return template.get(id(value)) or self._constant(value) if isinstance(value, Tensor) else value
+            if not isinstance(value, Tensor):
+                return value
+            slot = template.get(id(value))
+            return self._constant(value) if slot is None else self._slots[slot]
 
-        recorded_args, recorded_kwargs = map_leaves(leaf, args), map_leaves(leaf, dict(kwargs))
-        linked = any(self._linked[slot.index] for slot in template.values())
-        outputs = tuple(self._new_slot(linked and t.requires_grad) for t in results)
+        recorded_args, recorded_kwargs = map_leaves(leaf, args), map_leaves(leaf, kwargs) if kwargs else {}
+        linked = any(self._linked[slot] for slot in template.values())
+        outputs = tuple([self._new_slot(linked and t.requires_grad) for t in results])
         for tensor, slot in zip(results, outputs, strict=True):
             self._name(tensor, slot)
-        if self._is_shaped_by_values(name, operands, slots):
+        if name in _SHAPED_BY_VALUES and _is_shaped_by_values(name, operands, slots):
             self._remark(f"the shape of a result depends on values ({name})", outputs[0] if outputs else None)
         if name in _RANDOM and _draws(name, args, kwargs, results):
             self._remark(f"it draws random numbers ({name})", outputs[0])
-        if any(t.is_inference() for t in results):
+        if any([t.is_inference() for t in results]):
             self._remark("it runs under torch.inference_mode", outputs[0])
         autocast = None
         if torch.is_autocast_enabled(self._device_type):
@@ -325,13 +337,6 @@ class Recording:
             self._forget_the_dead()  # a write before the forward pass does not matter
         if not self._loop or self._calls:
             self._remark("it writes to a parameter in place")
-
-    @staticmethod
-    def _is_shaped_by_values(name: str, operands: list[Tensor], slots: list[int | None]) -> bool:
-        masks = (t for t, s in zip(operands[1:], slots[1:], strict=True) if s is not None and s >= 0)
-        if name in ("__getitem__", "masked_select"):
-            return any(t.dtype in (torch.bool, torch.uint8) for t in masks)
-        return name in _SHAPED_BY_VALUES or (name == "where" and len(operands) == 1)
 
     def _note_outside_writes(self, written: Iterable[tuple[Tensor, int | None]]) -> None:
         for tensor, slot in written:
@@ -523,6 +528,14 @@ def _needed(calls: Sequence[Call], losses: Sequence[RecordedLoss]) -> list[Call]
             kept.append(call)
             needed.update(leaf.index for leaf in leaves_in((call.args, call.kwargs)) if isinstance(leaf, Slot))
     return kept[::-1]
+
+
+def _is_shaped_by_values(name: str, operands: list[Tensor], slots: list[int | None]) -> bool:
+    """Whether the shape of the result depends on values that depend on the parameters."""
+    if name in ("__getitem__", "masked_select"):
+        masks = (t for t, s in zip(operands[1:], slots[1:], strict=True) if s is not None and s >= 0)
+        return any(t.dtype in (torch.bool, torch.uint8) for t in masks)
+    return name != "where" or len(operands) == 1
 
 
 def _without_running_statistics(

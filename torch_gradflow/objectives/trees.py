@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ def version_of(tensor: Tensor) -> int:
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """``function`` of everything in nested tuples, lists, dictionaries and slices."""
     if isinstance(tree, tuple):
+        if type(tree) is tuple and not any(isinstance(item, tuple | list | dict | slice) for item in tree):
+            return tuple(map(function, tree))
         mapped = [map_leaves(function, item) for item in tree]
         return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)
     if isinstance(tree, list):
@@ -48,22 +50,23 @@ def leaves_in(tree: Any) -> Iterator[Any]:
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors among ``leaves_in``."""
     found: list[Tensor] = []
-    _collect_tensors(tree, found)
+    _collect_tensors((tree,), found)
     return found
 
 
-def _collect_tensors(tree: Any, found: list[Tensor]) -> None:
+def _collect_tensors(items: Iterable[Any], found: list[Tensor]) -> None:
     # Written out, because it runs for every recorded call.
-    if isinstance(tree, Tensor):
-        found.append(tree)
-    elif isinstance(tree, tuple | list):
-        for item in tree:
-            _collect_tensors(item, found)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            _collect_tensors(item, found)
-    elif isinstance(tree, slice):
-        _collect_tensors((tree.start, tree.stop, tree.step), found)
+    for item in items:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, tuple | list):
+            if item:
+                _collect_tensors(item, found)
+        elif isinstance(item, dict):
+            if item:
+                _collect_tensors(item.values(), found)
+        elif isinstance(item, slice):
+            _collect_tensors((item.start, item.stop, item.step), found)
 
 
 def same(a: Any, b: Any) -> bool:
