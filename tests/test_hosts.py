@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torch_gradflow import GradientFlow, NewtonPolish
 from torch_gradflow.objectives.base import ClosureError
+from torch_gradflow.objectives.opened import GradientFlowWarning
 
 lightning = pytest.importorskip("lightning")
 
@@ -227,15 +228,12 @@ def test_lightning_manual_optimization_with_closure() -> None:
     assert trainer.optimizers[0].stats.engine == "replay"
 
 
-def test_lightning_manual_optimization_without_closure_is_refused() -> None:
-    """Lightning then passes a function that does nothing; the error says what to write."""
+def test_lightning_manual_optimization_without_closure() -> None:
+    """Lightning then passes a function that does nothing; the recorded pass serves."""
     module = Manual(flow, passes=False)
-    before = flat(module.net)
-    with pytest.raises(
-        RuntimeError, match=r"GradientFlow\.step\(\).*without a closure[\s\S]*manual optimization.*closure=closure"
-    ):
-        fit(module)
-    assert torch.equal(flat(module.net), before)
+    trainer = fit(module)
+    assert same(module.path, plain_loop())
+    assert trainer.optimizers[0].stats.engine == "replay" and trainer.optimizers[0].stats.n_closure == 0
 
 
 def test_lightning_polish() -> None:
@@ -336,14 +334,19 @@ def test_accelerate(make_accelerator: Callable[..., Any]) -> None:
     assert stats.loss == pytest.approx(nn.functional.mse_loss(net(x), y).item(), rel=1e-9)
 
 
-def test_accelerate_without_closure_is_refused(make_accelerator: Callable[..., Any]) -> None:
-    """The usual loop of Accelerate, without a closure, is told what to write."""
+def test_accelerate_without_closure(make_accelerator: Callable[..., Any]) -> None:
+    """The usual loop of Accelerate."""
     accelerator = make_accelerator()
     model, x, y = problem()
     net, optimizer = accelerator.prepare(model, GradientFlow(model.parameters(), lr=LR))
-    accelerator.backward(nn.functional.mse_loss(net(x), y))
-    with pytest.raises(RuntimeError, match=r"without a closure[\s\S]*def closure\(\):"):
+    path = []
+    for _ in range(N_STEPS):
+        optimizer.zero_grad()
+        accelerator.backward(nn.functional.mse_loss(net(x), y))
         optimizer.step()
+        path.append(flat(model))
+    assert same(path, plain_loop())
+    assert optimizer.optimizer.stats.engine == "replay"
 
 
 def test_accelerate_gradient_accumulation_is_refused(make_accelerator: Callable[..., Any]) -> None:
@@ -364,16 +367,18 @@ def test_accelerate_gradient_accumulation_is_refused(make_accelerator: Callable[
     assert torch.equal(flat(model), before)
 
 
-def test_torch_grad_scaler_is_refused() -> None:
-    """torch's GradScaler refuses closures itself; without one the optimizer says what it needs."""
+def test_torch_grad_scaler() -> None:
+    """torch's GradScaler refuses closures itself; without one, the gradient that it unscales is all there is."""
     model, x, y = problem()
     optimizer = GradientFlow(model.parameters(), lr=LR)
     closure = make_closure(optimizer, model, x, y)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    optimizer.zero_grad()
     scaler.scale(nn.functional.mse_loss(model(x), y)).backward()
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(RuntimeError, match="Closure use is not currently supported"):
         scaler.step(optimizer, closure=closure)
-    with pytest.raises(RuntimeError, match="without a closure"):
-        scaler.step(optimizer)
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+    with pytest.warns(GradientFlowWarning, match="multiple of it"):
+        scaler.step(optimizer)
+    assert optimizer.stats.engine == "fallback" and optimizer.stats.status == "begun"

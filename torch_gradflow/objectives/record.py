@@ -213,10 +213,21 @@ class Recording:
             result: What it returned.
             grad_enabled: Whether autograd was on.
         """
-        slots = [self._slot(t) for t in operands]
-        depends = any(slot is not None and slot >= 0 for slot in slots) and func != _GRAD_GETTER
+        # This runs for every call of a torch function: what can be asked at once is.
+        names, fixed = self._names, False
+        slots: list[int | None] = []
+        template: dict[int, int] = {}
+        for tensor in operands:
+            entry = names.get(id(tensor))
+            slot = None if entry is None or entry[0]() is not tensor else entry[1]
+            slots.append(slot)
+            if slot is not None:
+                if slot >= 0:
+                    template[id(tensor)] = slot
+                fixed = fixed or slot == _FIXED
+        depends = bool(template) and func != _GRAD_GETTER
         if self._loop and not depends:
-            if _FIXED in slots:
+            if fixed:
                 self._fix(tensors_in(result))
             return
         name = getattr(func, "__name__", "")
@@ -243,13 +254,8 @@ class Recording:
                 if self._slot(tensor) is None:
                     self._name(tensor, _OTHER)
             return
-        source = next(slot for slot in slots if slot is not None and slot >= 0)
-        if name in _DECISIONS and (not self._loop or grad_enabled):
-            self._remark(f"it decides by the value of a tensor ({name})", source, passing=True)
-        if name in _READS and (not self._loop or grad_enabled):
-            how = f"{name.strip('_')}()" if name.startswith("_") else f".{name}()"
-            reason = f"it reads a number out of a tensor that depends on the parameters ({how})"
-            self._remark(reason, source, passing=name not in _WHOLE)
+        if (name in _READS or name in _DECISIONS) and (grad_enabled or not self._loop):
+            self._note_reading(name, next(iter(template.values())))
         if not results and not written:
             return
         if written and any(storage_of(tensor) in self._own_storage for tensor, _ in written):
@@ -260,22 +266,33 @@ class Recording:
         if any(slot is None or slot < 0 for _, slot in written):
             self._spoil([*(t for t, _ in written), *results])
             return
-        self._keep(func, name, args, kwargs, operands, slots, results, bool(written), grad_enabled)
+        self._keep(func, args, kwargs, template, results, bool(written), grad_enabled)
+        if name in _SHAPED_BY_VALUES and _is_shaped_by_values(name, operands, slots):
+            self._remark(f"the shape of a result depends on values ({name})", self._slot(results[0]) if results else None)
+        if name in _RANDOM and _draws(name, args, kwargs, results):
+            self._remark(f"it draws random numbers ({name})", self._slot(results[0]))
+        if self._loop and (len(self._calls) > self._most_calls or self._n_bytes > self._most_bytes):
+            self._forget_the_dead()
+
+    def _note_reading(self, name: str, slot: int) -> None:
+        if name in _DECISIONS:
+            self._remark(f"it decides by the value of a tensor ({name})", slot, passing=True)
+            return
+        how = f"{name.strip('_')}()" if name.startswith("_") else f".{name}()"
+        reason = f"it reads a number out of a tensor that depends on the parameters ({how})"
+        self._remark(reason, slot, passing=name not in _WHOLE)
 
     def _keep(
         self,
         func: Callable[..., Any],
-        name: str,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-        operands: list[Tensor],
-        slots: list[int | None],
+        template: Mapping[int, int],
         results: list[Tensor],
         in_place: bool,
         grad_enabled: bool,
     ) -> None:
-        """Keep a call that depends on the parameters."""
-        template = {id(t): s for t, s in zip(operands, slots, strict=True) if s is not None and s >= 0}
+        """Keep a call that depends on the parameters; ``template`` holds the slots of the tensors that do, by their id."""
 
         def leaf(value: Any) -> Any:
             if not isinstance(value, Tensor):
@@ -284,16 +301,14 @@ class Recording:
             return self._constant(value) if slot is None else self._slots[slot]
 
         recorded_args, recorded_kwargs = map_leaves(leaf, args), map_leaves(leaf, kwargs) if kwargs else {}
-        linked = any(self._linked[slot] for slot in template.values())
-        outputs = tuple([self._new_slot(linked and t.requires_grad) for t in results])
-        for tensor, slot in zip(results, outputs, strict=True):
+        linked = grad_enabled and any(map(self._linked.__getitem__, template.values()))
+        outputs = []
+        for tensor in results:
+            slot = self._new_slot(linked and tensor.requires_grad)
             self._name(tensor, slot)
-        if name in _SHAPED_BY_VALUES and _is_shaped_by_values(name, operands, slots):
-            self._remark(f"the shape of a result depends on values ({name})", outputs[0] if outputs else None)
-        if name in _RANDOM and _draws(name, args, kwargs, results):
-            self._remark(f"it draws random numbers ({name})", outputs[0])
-        if any([t.is_inference() for t in results]):
-            self._remark("it runs under torch.inference_mode", outputs[0])
+            outputs.append(slot)
+            if tensor.is_inference():
+                self._remark("it runs under torch.inference_mode", slot)
         autocast = None
         if torch.is_autocast_enabled(self._device_type):
             autocast = self.autocast = torch.get_autocast_dtype(self._device_type)
@@ -302,15 +317,13 @@ class Recording:
                 function=func,
                 args=recorded_args,
                 kwargs=recorded_kwargs,
-                outputs=outputs,
+                outputs=tuple(outputs),
                 grad_enabled=grad_enabled,
                 autocast=autocast,
                 in_place=in_place,
             )
         )
         self.n_calls += 1
-        if self._loop and (len(self._calls) > self._most_calls or self._n_bytes > self._most_bytes):
-            self._forget_the_dead()
 
     def _constant(self, tensor: Tensor) -> Tensor:
         """What stands in the record for a tensor that does not depend on the parameters."""

@@ -51,6 +51,7 @@ class Tape:
         self._thread = threading.get_ident()
         self._recordings: list[weakref.ref[Recording]] = []
         self._silences = 0
+        self._subject = torch.empty(0)
         # The recorder: owned while it is off the stack, watched while it is on it.
         self._resting: TapeRecorder | None = None
         self._standing: weakref.ref[TapeRecorder] | None = None
@@ -97,7 +98,7 @@ class Tape:
             recorder = self._enter()
         if recorder is not None:
             recorder.listen_for(self._recordings if wanted else [])
-            if not wanted and _is_on_top(recorder):
+            if not wanted and _is_on_top(recorder, self._subject):
                 self._standing, self._resting = None, recorder
                 recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
@@ -157,7 +158,7 @@ def _who_is_first(question: _Question) -> None:
         handle_torch_function(_who_is_first, (question.subject,), question)
 
 
-def _is_on_top(recorder: TapeRecorder) -> bool:
-    question = _Question(torch.empty(0))
+def _is_on_top(recorder: TapeRecorder, subject: Tensor) -> bool:
+    question = _Question(subject)
     _who_is_first(question)
     return question.answered_by is recorder and question.answered_at == 1

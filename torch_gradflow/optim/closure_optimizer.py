@@ -99,10 +99,7 @@ class ClosureOptimizer(Optimizer):
         """What need not survive copying, pickling and loading."""
         self._memory = Memory(check=self._settings.check)
         self._counts = EvaluationCounts()
-        self._recording: Recording | None = None
-        self._recorded = RecordingCosts()
-        self._zeroed = False
-        self._stepping = False
+        self._loop = LoopState()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_settings": self._settings}
@@ -182,19 +179,19 @@ class ClosureOptimizer(Optimizer):
         ``no_grad`` and within ``recording_paused``.
         """
         super().zero_grad(set_to_none)
-        if self._stepping:
+        if self._loop.stepping:
             return
-        self._zeroed = True
+        self._loop.zeroed = True
         self._end_recording()
         moving = [p for g in self.param_groups if float(g["lr"]) != 0.0 for p in g["params"] if p.requires_grad]
         if moving and self._settings.record and self._settings.engine != "closure":
-            self._recording = Recording(moving, loop=True)
-            tape().begin(self._recording)
+            self._loop.recording = Recording(moving, loop=True)
+            tape().begin(self._loop.recording)
 
     @contextmanager
     def recording_paused(self) -> Iterator[None]:
         """Record nothing within: for evaluations between ``zero_grad()`` and ``step()`` that do not belong to the loss."""
-        recording = self._recording
+        recording = self._loop.recording
         if recording is None or recording.paused:
             yield
             return
@@ -205,21 +202,22 @@ class ClosureOptimizer(Optimizer):
             recording.paused = False
 
     def _end_recording(self) -> Recording | None:
-        recording, self._recording = self._recording, None
+        recording, self._loop.recording = self._loop.recording, None
         if recording is not None:
             tape().end(recording)
-            self._recorded = RecordingCosts(recording.n_calls, self._recorded.seconds + recording.seconds)
+            self._loop.n_recorded = recording.n_calls
+            self._loop.seconds += recording.seconds
         return recording
 
     @contextmanager
     def _step_begun(self) -> Iterator[Recording | None]:
         """A step, with what was recorded for it; nothing is recorded within, not by other optimizers either."""
-        recording, self._stepping = self._end_recording(), True
+        recording, self._loop.stepping = self._end_recording(), True
         try:
             with tape().silenced():
                 yield recording
         finally:
-            self._stepping = False
+            self._loop.stepping = False
 
     def _check_closure(self, closure: Callable[[], Any] | None) -> None:
         if closure is not None and not callable(closure):
@@ -310,11 +308,22 @@ class ClosureOptimizer(Optimizer):
             self.state[parameter]["theta"] = part.clone()
 
 
-@dataclass(frozen=True)
-class RecordingCosts:
-    """Calls kept in the last record, and the seconds that recording took so far."""
+@dataclass
+class LoopState:
+    """What is going on in a loop; one object, which wrappers that copy an optimizer's attributes (Lightning's) share.
 
-    n_calls: int = 0
+    Attributes:
+        recording: What is being recorded.
+        zeroed: Whether ``zero_grad()`` was ever called outside of a step.
+        stepping: Whether a step is under way.
+        n_recorded: Calls kept in the last record.
+        seconds: What recording took so far.
+    """
+
+    recording: Recording | None = None
+    zeroed: bool = False
+    stepping: bool = False
+    n_recorded: int = 0
     seconds: float = 0.0
 
 

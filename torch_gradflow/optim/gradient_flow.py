@@ -194,6 +194,9 @@ class GradientFlow(ClosureOptimizer):
             try:
                 return self._follow(closure, recording, active, problem, theta)
             except NoRecord as why:
+                if all(p.grad is None for p in active.tensors):
+                    self._memory.warn_once("step() had nothing to do: no parameter has a gradient. Call backward() before it.")
+                    return None
                 self._announce(why)
                 return self._fall_back(str(why), recording, active, problem, theta)
             except FloatingPointError:
@@ -281,7 +284,7 @@ class GradientFlow(ClosureOptimizer):
             ) from None
         chosen = not self._settings.record or self._settings.engine == "closure"
         # In a loop that ends with zero_grad(), the first iteration has no record; a second one shows that it is another.
-        first = not self._zeroed and not self.stats.status
+        first = not self._loop.zeroed and not self.stats.status
         if not (chosen or first or why.passing):
             self._memory.warn_once(
                 f"step() without a closure goes on with one gradient per call (Adams-Bashforth), because {reason}. lr only "
@@ -293,9 +296,6 @@ class GradientFlow(ClosureOptimizer):
     ) -> Tensor | None:
         """A step with the one gradient that the loop left in ``.grad``."""
         loss = None if recording is None or recording.loss is None else recording.loss.detach()
-        if all(p.grad is None for p in active.tensors):
-            self._initialise_state()
-            return loss
         behind = None if theta is None else carried.read_multistep(self, active, self._method.n_knots)
         theta = active.layout.flatten(active.tensors) if theta is None else theta
         found = active.layout.gradient(active.tensors)
@@ -344,7 +344,7 @@ class GradientFlow(ClosureOptimizer):
 
     def integrate(
         self,
-        closure: Callable[[], Any],
+        closure: Callable[[], Any] | None,
         t_end: float,
         *,
         t_eval: Sequence[float] | None = None,
@@ -355,7 +355,7 @@ class GradientFlow(ClosureOptimizer):
         """Follow the flow for the flow time ``t_end`` in one go; the parameters end at its last point.
 
         Args:
-            closure: As for ``step``; one fixed objective.
+            closure: As for ``step``; one fixed objective. None follows that of the pass since ``zero_grad()``.
             t_end: Flow time from here, in units of the reference lr (with equal lrs: of dθ/dt = −∇L). May be ``inf``
                 with a stopping rule.
             t_eval: Times in [0, t_end] at which to sample the solution, see ``torch_gradflow.integrate``.
@@ -379,12 +379,33 @@ class GradientFlow(ClosureOptimizer):
         if math.isinf(t_end) and not stop and max_evals is None:
             raise ValueError("t_end=inf needs a stopping rule (stop=...) or max_evals, or the flow would never end.")
         check_arguments((0.0, t_end), t_eval, stop, max_evals, progress)
+        if closure is not None:
+            self.synchronize()
+        with self._step_begun() as recording:
+            try:
+                return self._integrate(closure, recording, active, t_end, t_eval, stop, max_evals, progress)
+            except NoRecord as why:
+                raise ClosureError(
+                    f"integrate() without a closure has to evaluate the loss at other parameters, but {why}. Mend that, or "
+                    "write the pass as a closure."
+                ) from None
+
+    def _integrate(
+        self,
+        closure: Callable[[], Any] | None,
+        recording: Recording | None,
+        active: ActiveParameters,
+        t_end: float,
+        t_eval: Sequence[float] | None,
+        stop: StoppingRule | list[StoppingRule] | tuple[StoppingRule, ...] | None,
+        max_evals: int | None,
+        progress: bool | Callable[[FlowReport], Any] | Progress | None,
+    ) -> FlowSolution:
         problem = self._problem(active)
-        t = self.flow_time
-        with (
-            self._step_begun() as recording,
-            self._open(closure, recording, active, theta=self._known_theta(active)) as (opened, accepted),
-        ):
+        theta = self._known_theta(active)
+        behind = None if theta is None else carried.read_multistep(self, active, self._method.n_knots)
+        t = self.flow_time + (0.0 if behind is None else behind.proposed)
+        with self._open(closure, recording, active, theta=theta) as (opened, accepted):
             objective, start = problem.field(opened, t)
             run = FlowRun(
                 objective,
@@ -451,8 +472,8 @@ class GradientFlow(ClosureOptimizer):
             n_grad=counts.n_grad,
             n_hvp=counts.n_hvp,
             n_hessian=counts.n_hessian,
-            n_recorded=self._recorded.n_calls,
-            record_seconds=self._recorded.seconds,
+            n_recorded=self._loop.n_recorded,
+            record_seconds=self._loop.seconds,
         )
 
 
