@@ -148,11 +148,14 @@ def _usable(recording: Recording, parameters: Sequence[Tensor], memory: Memory) 
         raise NoRecord("; ".join(recording.doubts))
     if recording.parameter_versions != [version_of(p) for p in parameters]:
         raise NoRecord("the parameters were changed between the forward pass and step(), or others move now than before")
-    ran_the_same = before is not None and before.structure() == program.structure() and before.numbers() == program.numbers()
-    if recording.suspicions and not ran_the_same:
+    if recording.suspicions and not (before is not None and _ran_the_same(program, before)):
         advice = "; do so after backward(), or within optimizer.recording_paused()"
         raise NoRecord("; ".join(recording.suspicions) + advice, passing=before is None)
     return program
+
+
+def _ran_the_same(program: Program, before: Program) -> bool:
+    return program.structure == before.structure and program.numbers() == before.numbers()
 
 
 def _why_nothing(recording: Recording) -> str:

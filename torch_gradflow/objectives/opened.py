@@ -162,11 +162,11 @@ def try_replay(
 
     Where it is the program of the last step, whose replay predicted both (``unchanged``), they need not be computed again.
     """
-    doubt = memory.distrusted.get(program.structure())
+    doubt = memory.distrusted.get(program.structure)
     if doubt is not None:
         return Replay(None, doubt, loss, gradient, unchanged)
-    if program.structure() != memory.structure:
-        memory.structure, memory.second_derivatives = program.structure(), None
+    if program.structure != memory.structure:
+        memory.structure, memory.second_derivatives = program.structure, None
     # Without a program in memory (after a restart) loss and gradient alone have to tell.
     unchanged = unchanged and (memory.program is None or memory.program.same_function_as(program))
     replay = replayed(program, layout, counts, resolution, memory.second_derivatives)

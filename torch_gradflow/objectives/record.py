@@ -153,7 +153,7 @@ class Recording:
     def _relevant(self) -> list[Remark]:
         """The remarks that concern the recorded losses; what came after the last backward does not matter."""
         remarks = [r for r in self._remarks if r.before_backward < max(self.n_backward, 1)]
-        if not self._loop:
+        if not self._loop or not remarks:
             return remarks
         part_of = _parts(self._calls, len(self._linked), len(self._parameters))
         own = {part_of[loss.slot] for loss in self._losses}

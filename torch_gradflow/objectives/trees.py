@@ -20,8 +20,6 @@ def version_of(tensor: Tensor) -> int:
 def map_leaves(function: Callable[[Any], Any], tree: Any) -> Any:
     """``function`` of everything in nested tuples, lists, dictionaries and slices."""
     if isinstance(tree, tuple):
-        if type(tree) is tuple and not any(isinstance(item, tuple | list | dict | slice) for item in tree):
-            return tuple(map(function, tree))
         mapped = [map_leaves(function, item) for item in tree]
         return type(tree)(*mapped) if hasattr(tree, "_fields") else tuple(mapped)
     if isinstance(tree, list):

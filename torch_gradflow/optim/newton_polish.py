@@ -129,7 +129,9 @@ class NewtonPolish(ClosureOptimizer):
     def _waits_for_record(self, recording: Recording | None) -> bool:
         """Whether the loop may be one that ends with ``zero_grad()``, in its first iteration."""
         first, self._waited = not self._waited, True
-        return first and recording is None and not self._loop.zeroed and self._settings.record and self._settings.engine == "auto"
+        return (
+            first and recording is None and not self._loop.zeroed and self._settings.record and self._settings.engine == "auto"
+        )
 
     def _polish(self, closure: Callable[[], Any] | None, recording: Recording | None, active: ActiveParameters) -> Tensor:
         with self._open(closure, recording, active, theta=self._known_theta(active)) as (opened, accepted):
