@@ -1,7 +1,8 @@
-"""What one step(closure) costs beyond the closure's own gradient, against torch.optim.LBFGS and a bare odeint.
+"""What a step costs beyond the loop's own gradient, against torch.optim.LBFGS and a bare odeint; what recording costs.
 
-Three small perceptrons (float64, mean squared error). All candidates run interleaved in one process; medians of the
-rounds. The unit is one plain gradient of the same network: zero_grad, forward, backward.
+Three small perceptrons (float64, mean squared error); for recording also one of 1e6 parameters. All candidates run
+interleaved in one process; medians of the rounds. The unit is one plain gradient of the same network: zero_grad, forward,
+backward. Recording is measured as that gradient with GradientFlow's zero_grad() instead of SGD's, and no step at all.
 
     python benchmarks/overhead.py [--rounds 30] [--threads 1]
 """
@@ -24,6 +25,7 @@ from torch_gradflow import GradientFlow, NewtonPolish
 
 RESULTS = Path(__file__).parent / "results" / "overhead.json"
 NETWORKS = {"2-8-1, N=1000": (2, 8, 1000), "10-50-1, N=1000": (10, 50, 1000), "10-100-1, N=10000": (10, 100, 10_000)}
+RECORDED = {"2-8-1, N=100": (2, 8, 100), "784-1272-1 (1e6 parameters), N=128": (784, 1272, 128)}
 # The flow time over which whole integrations are compared.
 T_END = 2.0
 
@@ -58,6 +60,41 @@ def stepper(make: Callable[[nn.Module], torch.optim.Optimizer], network: tuple[i
     for _ in range(5):
         optimizer.step(closure)
     return lambda: optimizer.step(closure)
+
+
+def looper(make: Callable[[nn.Module], torch.optim.Optimizer], network: tuple[int, int, int]) -> Callable[[], None]:
+    """One iteration of the loop without a closure, warmed up."""
+    model, x, y = build(*network)
+    optimizer = make(model)
+    gradient = closure_of(optimizer, model, x, y)
+
+    def iterate() -> None:
+        gradient()
+        optimizer.step()
+
+    for _ in range(5):
+        iterate()
+    return iterate
+
+
+def recording(network: tuple[int, int, int], rounds: int) -> dict[str, float]:
+    """A gradient that is recorded, against one that is not."""
+    model, x, y = build(*network)
+    seconds: dict[str, list[float]] = {"plain": [], "recorded": []}
+
+    def timed(optimizer: torch.optim.Optimizer) -> float:
+        gradient = closure_of(optimizer, model, x, y)
+        gradient()
+        began = time.perf_counter()
+        for _ in range(10):
+            gradient()
+        return (time.perf_counter() - began) / 10
+
+    for _ in range(rounds):
+        seconds["plain"].append(timed(torch.optim.SGD(model.parameters())))
+        seconds["recorded"].append(timed(GradientFlow(model.parameters())))  # recording ends with the optimizer
+    plain, recorded = (statistics.median(values) for values in seconds.values())
+    return {"gradient (microseconds)": 1e6 * plain, "recorded gradient / gradient": recorded / plain}
 
 
 def integration(network: tuple[int, int, int]) -> tuple[Callable[[], int], Callable[[], int]]:
@@ -111,6 +148,7 @@ def compare(network: tuple[int, int, int], rounds: int) -> dict[str, float]:
         "Adam step": stepper(lambda m: torch.optim.Adam(m.parameters(), lr=1e-3), network),
         "LBFGS step, one evaluation": stepper(lambda m: torch.optim.LBFGS(m.parameters(), 1e-3, max_iter=1), network),
         "GradientFlow step, lr=1e-3": stepper(lambda m: GradientFlow(m.parameters(), lr=1e-3), network),
+        "GradientFlow step, lr=1e-3, plain loop": looper(lambda m: GradientFlow(m.parameters(), lr=1e-3), network),
         "GradientFlow step, lr=1e-3, closure called again": stepper(
             lambda m: GradientFlow(m.parameters(), lr=1e-3, engine="closure"), network
         ),
@@ -129,6 +167,13 @@ def compare(network: tuple[int, int, int], rounds: int) -> dict[str, float]:
     return found
 
 
+def show(name: str, found: dict[str, float]) -> None:
+    """Print the results of one network."""
+    print(f"\n{name}")
+    for what, value in found.items():
+        print(f"  {what:62s} {value:10.2f}")
+
+
 def main() -> None:
     """Measure, print and keep the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,9 +184,10 @@ def main() -> None:
     results = {}
     for name, network in NETWORKS.items():
         results[name] = compare(network, arguments.rounds)
-        print(f"\n{name}")
-        for what, value in results[name].items():
-            print(f"  {what:62s} {value:10.2f}")
+        show(name, results[name])
+    for name, network in RECORDED.items():
+        results[f"recording, {name}"] = recording(network, 5 * arguments.rounds)
+        show(f"recording, {name}", results[f"recording, {name}"])
     environment = {
         "torch": torch.__version__,
         "torchdiffeq": torchdiffeq.__version__,
