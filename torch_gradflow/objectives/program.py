@@ -46,8 +46,7 @@ class Call(NamedTuple):
         return all(same(getattr(self, name), getattr(other, name)) for name in fields)
 
 
-@dataclass(frozen=True)
-class RecordedLoss:
+class RecordedLoss(NamedTuple):
     """A tensor on which ``backward`` was called; ``weight`` is the ``gradient`` argument of that call."""
 
     slot: int
@@ -170,5 +169,5 @@ class Program:
             return call._replace(function=function, args=map_leaves(widen, call.args), kwargs=map_leaves(widen, call.kwargs))
 
         calls = tuple(widen_call(call) for call in self.calls)
-        losses = tuple(replace(loss, weight=widen(loss.weight)) for loss in self.losses)
+        losses = tuple(loss._replace(weight=widen(loss.weight)) for loss in self.losses)
         return replace(self, calls=calls, losses=losses)

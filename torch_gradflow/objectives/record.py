@@ -18,7 +18,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -378,8 +378,8 @@ class Recording:
         before = self._calls[: self._n_at_backward]
         self._n_at_backward = sum(any(part_of[slot] in alive for slot in call.outputs) for call in before)
         used = {id(t) for call in kept for t in tensors_in((call.args, call.kwargs))}
-        self._calls = kept
         self._remarks = [r for r in self._remarks if r.slot is None or part_of[r.slot] in alive]
+        self._calls = self._renumber(kept)
         self._constants = {key: entry for key, entry in self._constants.items() if key in used}
         self._copies = {key: entry for key, entry in self._copies.items() if id(entry[2]) in used}
         self._fixed &= used
@@ -388,6 +388,19 @@ class Recording:
         self._most_bytes = 2 * self._n_bytes + _SPARE_BYTES
         if len(kept) > MAX_CALLS:
             self.give_up(f"the forward pass makes more than {MAX_CALLS:,} calls of torch functions")
+
+    def _renumber(self, kept: list[Call]) -> list[Call]:
+        """The calls that are kept, with the first slots after the parameters', everywhere."""
+        new, n = _new_numbers(kept, len(self._parameters))
+        names = self._names
+        for key, (reference, slot) in list(names.items()):
+            if slot >= 0:
+                names[key] = (reference, new[slot])
+        self._losses = [loss._replace(slot=new[loss.slot]) for loss in self._losses]
+        self._remarks = [r if r.slot is None else replace(r, slot=new[r.slot]) for r in self._remarks]
+        self._linked = [linked for slot, linked in enumerate(self._linked) if slot in new]
+        self._slots = self._slots[:n]
+        return [_with_slots(call, new) for call in kept]
 
     def program(self, returned: Any = None) -> Program | None:
         """What was recorded, pruned to what L needs; None where no loss was seen.
@@ -409,12 +422,18 @@ class Recording:
         needed = _needed(calls, losses)
         obstacles = [call.obstacle for call in needed if call.obstacle]
         # Where a call writes in place, aliases may hide what is needed: then nothing is left out.
-        calls = [call for call in calls if not call.obstacle] if any(call.in_place for call in calls) else needed
+        calls = list(calls) if any(call.in_place for call in calls) else needed
+        # Equal passes are equal programs, whatever was computed before them.
+        new, n_slots = _new_numbers(calls, len(self._parameters))
+        calls = [call for call in calls if not call.obstacle]
+        if n_slots < len(self._linked):
+            calls = [_with_slots(call, new) for call in calls]
+            losses = [loss._replace(slot=new[loss.slot]) for loss in losses]
         used = {id(t) for call in calls for t in tensors_in((call.args, call.kwargs))}
         constants = tuple(entry for key, entry in self._constants.items() if key in used)
         program = Program(
             n_inputs=len(self._parameters),
-            n_slots=len(self._linked),
+            n_slots=n_slots,
             calls=tuple(calls),
             losses=tuple(losses),
             constants=constants,
@@ -428,32 +447,56 @@ class Recording:
         return program
 
 
+class _Traced:
+    """A call in compiled code, and the one before it: an object that compiled code can make without reading others."""
+
+    def __init__(
+        self,
+        before: _Traced | None,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        result: Any,
+        grad_enabled: bool,
+    ) -> None:
+        self.before = before
+        self.func = func
+        self.args = args
+        self.kwargs = kwargs
+        self.result = result
+        self.grad_enabled = grad_enabled
+        self.told = before is None
+
+
 class Recorder(TorchFunctionMode):
     """While entered, tells recordings of every torch function that is called.
 
     Code that ``torch.compile`` compiles calls this mode while it is traced, once; what it then does is part of the compiled
-    code. So ``__torch_function__`` is kept such that it can be traced without a break of the graph: what a compiled
-    function computes comes out as a list, of which the recordings are told before the next call.
+    code. So ``__torch_function__`` is kept such that it can be traced without a break of the graph, whatever was computed
+    before: what a compiled function computes comes out as a chain of calls, of which the recordings are told before the next
+    call.
 
     Args:
         recordings: Those to be told; they are referenced weakly.
 
     Attributes:
         listening: Whether there may be any to be told.
+        interrupted: Whether an exception passed; its traceback may reference this mode.
     """
 
     def __init__(self, recordings: Iterable[Recording] = ()) -> None:
         super().__init__()
         self.listening = True
         self._recordings: list[weakref.ref[Recording]] = []
-        self._traced: list[tuple[Callable[..., Any], tuple[Any, ...], Mapping[str, Any], Any, bool]] = []
-        self._process = os.getpid()
+        self.interrupted = False
+        self._traced = _Traced(None, torch.Tensor.backward, (), {}, None, False)
         self.listen_for([weakref.ref(r) for r in recordings])
 
     def listen_for(self, recordings: list[weakref.ref[Recording]]) -> None:
         """Tell these from now on."""
         self.tell_what_was_traced()
         self._recordings, self.listening = recordings, bool(recordings)
+        self._process = os.getpid()
 
     def __torch_function__(
         self,
@@ -466,29 +509,32 @@ class Recorder(TorchFunctionMode):
         if torch.compiler.is_compiling():
             result = func(*args, **kwargs)
             if self.listening:
-                self._traced.append((func, args, kwargs, result, torch.is_grad_enabled()))
+                self._traced = _Traced(self._traced, func, args, kwargs, result, torch.is_grad_enabled())
             return result
         recordings = self._listeners() if self.listening else ()
         if not recordings:
             return func(*args, **kwargs)
         began = time.perf_counter()
-        if self._traced:
+        if not self._traced.told:
             self.tell_what_was_traced()
         if func is torch.Tensor.backward:
             for recording in recordings:
                 recording.note_backward(*args, **kwargs)
-            return func(*args, **kwargs)
         operands = tensors_in((args, kwargs))
         versions = [version_of(t) for t in operands]
         called = time.perf_counter()
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except BaseException:
+            self.interrupted = True
+            del self  # the traceback will keep this frame
+            raise
         came_back = time.perf_counter()
         grad_enabled = torch.is_grad_enabled()
         for recording in recordings:
-            recording.note(func, args, kwargs, operands, versions, result, grad_enabled)
-        spent = (time.perf_counter() - came_back + called - began) / len(recordings)
-        for recording in recordings:
-            recording.seconds += spent
+            if func is not torch.Tensor.backward:
+                recording.note(func, args, kwargs, operands, versions, result, grad_enabled)
+            recording.seconds += (time.perf_counter() - came_back + called - began) / len(recordings)
         return result
 
     def _listeners(self) -> list[Recording]:
@@ -498,8 +544,15 @@ class Recorder(TorchFunctionMode):
 
     def tell_what_was_traced(self) -> None:
         """Tell of what compiled functions computed since the last call."""
-        traced, self._traced = self._traced, []
-        for func, args, kwargs, result, grad_enabled in traced:
+        traced, call = [], self._traced
+        while not call.told:
+            traced.append(call)
+            call.told = True
+            assert call.before is not None
+            call = call.before
+        for call in reversed(traced):
+            func, args, kwargs, result, grad_enabled = call.func, call.args, call.kwargs, call.result, call.grad_enabled
+            call.before, call.args, call.kwargs, call.result = None, (), {}, None
             name = getattr(func, "__name__", "")
             in_place = (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__iadd__", "__imul__")
             operands = tensors_in((args, kwargs))
@@ -508,6 +561,22 @@ class Recorder(TorchFunctionMode):
                 versions[0] -= 1  # what it was before the call is not known
             for recording in self._listeners():
                 recording.note(func, args, kwargs, operands, versions, result, grad_enabled)
+
+
+def _new_numbers(calls: Sequence[Call], n_parameters: int) -> tuple[dict[int, int], int]:
+    """Numbers without gaps for the slots of the parameters and of the calls' results, and how many there are."""
+    slots = [*range(n_parameters), *(slot for call in calls for slot in call.outputs)]
+    return {slot: number for number, slot in enumerate(slots)}, len(slots)
+
+
+def _with_slots(call: Call, new: Mapping[int, int]) -> Call:
+    """The call with other numbers for its slots."""
+
+    def leaf(value: Any) -> Any:
+        return Slot(new[value.index]) if isinstance(value, Slot) else value
+
+    args, kwargs = map_leaves(leaf, call.args), map_leaves(leaf, call.kwargs)
+    return call._replace(args=args, kwargs=kwargs, outputs=tuple(new[slot] for slot in call.outputs))
 
 
 def _parts(calls: Sequence[Call], n_slots: int, n_parameters: int) -> list[int]:

@@ -9,7 +9,7 @@ pops whatever is on top. So:
 * When a user's mode that was entered before the recorder is left (``with torch.device(...): optimizer.zero_grad()``), that
   pops the recorder instead. While it stands on the stack nothing else references the recorder, so that it ends in that
   moment; its end is noticed, the user's mode is popped in its place, and another recorder put on top.
-* The stack belongs to a thread, and so does the tape; a forked process inherits both, and starts with a new tape.
+* The stack belongs to a thread, and so does the tape; a forked process inherits both, and its tape starts anew.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,27 +34,33 @@ _of_thread = threading.local()
 def tape() -> Tape:
     """The tape of this thread."""
     found: Tape | None = getattr(_of_thread, "tape", None)
-    if found is None or found.process != os.getpid():
+    if found is None:
         found = _of_thread.tape = Tape()
+    elif found.is_inherited():
+        found.start_anew()
     return found
 
 
 class Tape:
-    """Keeps a recorder on the stack of modes while there is something to record; see ``tape``.
-
-    Attributes:
-        process: The process to which it belongs.
-    """
+    """Keeps a recorder on the stack of modes while there is something to record; see ``tape``."""
 
     def __init__(self) -> None:
-        self.process = os.getpid()
         self._thread = threading.get_ident()
-        self._recordings: list[weakref.ref[Recording]] = []
-        self._silences = 0
         self._subject = torch.empty(0)
         # The recorder: owned while it is off the stack, watched while it is on it.
         self._resting: TapeRecorder | None = None
         self._standing: weakref.ref[TapeRecorder] | None = None
+        self.start_anew()
+
+    def is_inherited(self) -> bool:
+        """Whether this is a forked process, and the tape is that of its parent."""
+        return os.getpid() != self._process
+
+    def start_anew(self) -> None:
+        """Nothing is recorded; but the recorder stays where it is."""
+        self._process = os.getpid()
+        self._recordings: list[weakref.ref[Recording]] = []
+        self._silences = 0
 
     def begin(self, recording: Recording) -> None:
         """Tell ``recording`` of all that follows, until ``end`` or until nobody references it any more."""
@@ -94,11 +100,16 @@ class Tape:
         """Put the recorder where it belongs: on the stack if there is something to record, else off it if possible."""
         wanted = bool(self._recordings) and not self._silences
         recorder = None if self._standing is None else self._standing()
+        if recorder is not None and recorder.interrupted:
+            recorder.interrupted = False
+            if _asked(recorder, self._subject).answered_by is None:
+                self._was_popped()
+                return
         if recorder is None and wanted:
             recorder = self._enter()
         if recorder is not None:
             recorder.listen_for(self._recordings if wanted else [])
-            if not wanted and _is_on_top(recorder, self._subject):
+            if not wanted and _asked(recorder, self._subject).answered_at == 1:
                 self._standing, self._resting = None, recorder
                 recorder.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
@@ -118,9 +129,16 @@ class Tape:
         return recorder
 
     def _was_popped(self) -> None:
-        """The exit of a mode below took the recorder; it meant itself, which is on top now."""
+        """The exit of a mode below took the recorder; it meant itself, which is on top now.
+
+        After an exception a traceback may have kept the recorder, so that its end comes late, and another mode that was
+        entered since is popped; its own exit will take the recorder in turn, and so on: in the end each mode is gone.
+        """
         self._standing = None
-        TorchFunctionMode().__exit__(None, None, None)
+        if has_torch_function((self._subject,)):
+            TorchFunctionMode().__exit__(None, None, None)
+        if self.is_inherited():
+            self.start_anew()
         self._arrange()
 
 
@@ -158,7 +176,9 @@ def _who_is_first(question: _Question) -> None:
         handle_torch_function(_who_is_first, (question.subject,), question)
 
 
-def _is_on_top(recorder: TapeRecorder, subject: Tensor) -> bool:
+def _asked(recorder: TapeRecorder, subject: Tensor) -> _Question:
+    """Who answered, and at which call: the first is that of the mode on top."""
     question = _Question(subject)
-    _who_is_first(question)
-    return question.answered_by is recorder and question.answered_at == 1
+    with suppress(Exception):  # of a mode above that takes no functions of others
+        _who_is_first(question)
+    return question if question.answered_by is recorder else _Question(subject)

@@ -185,7 +185,8 @@ class ClosureOptimizer(Optimizer):
         self._loop.zeroed = True
         self._end_recording()
         moving = [p for g in self.param_groups if float(g["lr"]) != 0.0 for p in g["params"] if p.requires_grad]
-        if moving and self._settings.record and self._settings.engine != "closure":
+        # Under no_grad there is no forward pass to come, as in a hook of a backward pass, whose modes end with it.
+        if moving and self._settings.record and self._settings.engine != "closure" and torch.is_grad_enabled():
             self._loop.recording = Recording(moving, loop=True)
             tape().begin(self._loop.recording)
 
