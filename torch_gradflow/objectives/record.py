@@ -468,6 +468,13 @@ class _Traced:
         self.told = before is None
 
 
+class _Chain:
+    """The calls of compiled code, from the last one; what compiled code changes is this, not the mode itself."""
+
+    def __init__(self) -> None:
+        self.last = _Traced(None, torch.Tensor.backward, (), {}, None, False)
+
+
 class Recorder(TorchFunctionMode):
     """While entered, tells recordings of every torch function that is called.
 
@@ -489,7 +496,7 @@ class Recorder(TorchFunctionMode):
         self.listening = True
         self._recordings: list[weakref.ref[Recording]] = []
         self.interrupted = False
-        self._traced = _Traced(None, torch.Tensor.backward, (), {}, None, False)
+        self._traced = _Chain()
         self.listen_for([weakref.ref(r) for r in recordings])
 
     def listen_for(self, recordings: list[weakref.ref[Recording]]) -> None:
@@ -509,14 +516,14 @@ class Recorder(TorchFunctionMode):
         if torch.compiler.is_compiling():
             result = func(*args, **kwargs)
             if self.listening:
-                self._traced = _Traced(self._traced, func, args, kwargs, result, torch.is_grad_enabled())
+                self._traced.last = _Traced(self._traced.last, func, args, kwargs, result, torch.is_grad_enabled())
             return result
         recordings = self._listeners() if self.listening else ()
+        if not self._traced.last.told:
+            self.tell_what_was_traced()
         if not recordings:
             return func(*args, **kwargs)
         began = time.perf_counter()
-        if not self._traced.told:
-            self.tell_what_was_traced()
         if func is torch.Tensor.backward:
             for recording in recordings:
                 recording.note_backward(*args, **kwargs)
@@ -544,7 +551,7 @@ class Recorder(TorchFunctionMode):
 
     def tell_what_was_traced(self) -> None:
         """Tell of what compiled functions computed since the last call."""
-        traced, call = [], self._traced
+        traced, call = [], self._traced.last
         while not call.told:
             traced.append(call)
             call.told = True

@@ -81,6 +81,22 @@ class Tape:
                 self._drop(reference)
 
     @contextmanager
+    def paused(self, recording: Recording) -> Iterator[None]:
+        """Tell ``recording`` nothing of what is called within."""
+        self._tell()
+        recording.paused = True
+        try:
+            yield
+        finally:
+            self._tell()
+            recording.paused = False
+
+    def _tell(self) -> None:
+        recorder = None if self._standing is None else self._standing()
+        if recorder is not None:
+            recorder.tell_what_was_traced()
+
+    @contextmanager
     def silenced(self) -> Iterator[None]:
         """Record nothing within."""
         self._silences += 1
@@ -156,7 +172,11 @@ class TapeRecorder(Recorder):
             (question,) = args
             question.answered_at, question.answered_by = question.times_asked, self
             return None
-        return super().__torch_function__(func, types, args, kwargs)
+        try:
+            return super().__torch_function__(func, types, args, kwargs)
+        except BaseException:
+            del self  # the traceback will keep this frame
+            raise
 
 
 @dataclass

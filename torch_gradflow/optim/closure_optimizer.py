@@ -197,11 +197,8 @@ class ClosureOptimizer(Optimizer):
         if recording is None or recording.paused:
             yield
             return
-        recording.paused = True
-        try:
+        with tape().paused(recording):
             yield
-        finally:
-            recording.paused = False
 
     def _end_recording(self) -> Recording | None:
         recording, self._loop.recording = self._loop.recording, None
