@@ -6,6 +6,7 @@ What is right is told by scipy's DOP853 on gradients that ``torch.autograd.grad`
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -17,10 +18,10 @@ import torch.nn.functional as F
 from problems import flat, make_closure
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, TensorDataset
 
-from torch_gradflow import GradientFlow, GradientFlowWarning, ModuleObjective, NewtonPolish, integrate
+from torch_gradflow import ClosureError, GradientFlow, GradientFlowWarning, ModuleObjective, NewtonPolish, integrate
 
 LR = 0.3
 # Errors of θ relative to its size: what rtol=1e-6 (float64) and 1e-4 (float32) may cost in a few steps.
@@ -68,7 +69,7 @@ def flow_end(model: nn.Module, loss: Callable[[nn.Module], Tensor], time: float)
     return flat(twin)
 
 
-def mse(x: Tensor, y: Tensor) -> Callable[[nn.Module], Tensor]:
+def mse(x: Tensor, y: Tensor) -> Callable[[Callable[[Tensor], Tensor]], Tensor]:
     """The mean squared error of a model on these data, as a function of the model."""
     return lambda model: F.mse_loss(model(x.double()), y.double())
 
@@ -105,7 +106,7 @@ def passes(
     for _ in range(n):
         if not last:
             optimizer.zero_grad(**zero)
-        loss().backward()  # type: ignore[no-untyped-call]
+        loss().backward()
         optimizer.step()
         if last:
             optimizer.zero_grad(**zero)
@@ -143,7 +144,7 @@ def test_step_returns_the_loss_at_its_start_and_leaves_the_gradient_there() -> N
     loss.backward()
     before = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     returned = optimizer.step()
-    assert float(returned) == float(loss)
+    assert float(returned.detach()) == float(loss.detach())
     assert all(p.grad is not None and torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
 
 
@@ -349,9 +350,9 @@ def printing(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """A forward pass in two compiled parts: print breaks the graph."""
 
     def forward(x: Tensor) -> Tensor:
-        hidden = model[1](model[0](x))  # type: ignore[operator, index]
+        hidden = model[1](model[0](x))  # type: ignore[index]
         print("in the middle")
-        out: Tensor = model[2](hidden)  # type: ignore[operator, index]
+        out: Tensor = model[2](hidden)  # type: ignore[index]
         return out
 
     return forward
@@ -380,6 +381,11 @@ def test_compiled_model(settings: dict[str, Any], last: bool) -> None:
     assert distance(model, flow_end(network(), mse(x, y), 4 * LR)) <= NEAR
 
 
+# Dynamo looks at .grad of what comes in after a break, with any optimizer, and hides the warning only if it is no error.
+looks_at_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+
+@looks_at_grad
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_model_with_a_graph_break(backend: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Both parts are seen, and what lies between."""
@@ -394,6 +400,7 @@ def test_compiled_model_with_a_graph_break(backend: str, capfd: pytest.CaptureFi
     assert distance(model, flow_end(network(), mse(x, y), 4 * LR)) <= NEAR
 
 
+@looks_at_grad
 def test_a_compiled_training_pass() -> None:
     """Forward, loss and backward in one compiled function, zero_grad and step outside: a break of the graph at most."""
     torch.compiler.reset()
@@ -443,7 +450,6 @@ def test_default_device_around_parts_of_the_loop(last: bool, around: str) -> Non
                     optimizer.zero_grad()
     assert_replayed(optimizer, 4 * LR)
     assert distance(model, flow_end(network(), mse(x, y), 4 * LR)) <= NEAR
-    assert torch.overrides._get_current_function_mode_stack() == [] or last  # type: ignore[attr-defined]
 
 
 # Several optimizers in one loop
@@ -557,3 +563,988 @@ def test_gan(one_forward: bool, order: str) -> None:
     wanted_g, wanted_d = gan_end(3)
     assert distance(generator, wanted_g) <= NEAR
     assert distance(discriminator, wanted_d) <= NEAR
+
+
+# What the loss may contain
+
+
+def objective_end(model: nn.Module, loss: Callable[[nn.Module], Tensor], **settings: Any) -> tuple[nn.Module, GradientFlow]:
+    """The model after three passes of a plain loop on this loss, and its optimizer."""
+    optimizer = GradientFlow(model.parameters(), lr=LR, **settings)
+    passes(optimizer, lambda: loss(model), 3)
+    return model, optimizer
+
+
+def test_groups_with_their_own_lr() -> None:
+    """Relative inverse time constants, as with a closure."""
+    x, y = data()
+    model = network()
+    groups: list[dict[str, Any]] = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 3 * LR}]
+    optimizer = GradientFlow(groups, lr=LR)
+    passes(optimizer, lambda: F.mse_loss(model(x), y), 3)
+    assert_replayed(optimizer, 3 * LR)
+    twin = network()
+    speeds = [1.0, 1.0, 3.0, 3.0]
+    raw = slope(twin.parameters(), lambda: F.mse_loss(twin(x), y))
+    follow(twin.parameters(), lambda: [s * g for s, g in zip(speeds, raw(), strict=True)], 3 * LR)
+    assert distance(model, twin) <= NEAR
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("maximize", [False, True])
+def test_weight_decay_and_maximize(maximize: bool, last: bool) -> None:
+    """Coupled decay, and a concave objective turned round."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR, weight_decay=0.2, maximize=maximize)
+    sign = -1 if maximize else 1
+    passes(optimizer, lambda: sign * F.mse_loss(model(x), y), 4, last=last)
+    assert_replayed(optimizer, 4 * LR)
+    end = flow_end(network(), lambda m: F.mse_loss(m(x), y) + 0.1 * sum(p.square().sum() for p in m.parameters()), 4 * LR)
+    assert distance(model, end) <= NEAR
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_float32_model(dtype: torch.dtype | None, last: bool) -> None:
+    """In its own type, and with a master copy in float64, which only the last rounding separates from the flow."""
+    x, y = data(dtype=torch.float32)
+    model = network(dtype=torch.float32)
+    optimizer = GradientFlow(model.parameters(), lr=LR, dtype=dtype)
+    passes(optimizer, lambda: F.mse_loss(model(x), y), 4, last=last)
+    assert_replayed(optimizer, 4 * LR)
+    assert all(p.dtype == torch.float32 for p in model.parameters())
+    # The first iteration with zero_grad last has a gradient in float32 only, where it does not move the end.
+    near = NEAR32 if dtype is None else NEAR
+    assert distance(model, flow_end(network(dtype=torch.float32), mse(x, y), 4 * LR)) <= near
+
+
+def test_frozen_layers() -> None:
+    """A layer that does not require gradients stays, whether the optimizer has it or not."""
+    x, y = data()
+
+    def build() -> nn.Sequential:
+        model = network()
+        model[0].requires_grad_(False)
+        return model
+
+    for parameters in (lambda m: m.parameters(), lambda m: m[2].parameters()):
+        model = build()
+        optimizer = GradientFlow(parameters(model), lr=LR)
+        passes(optimizer, lambda model=model: F.mse_loss(model(x), y), 3)  # type: ignore[misc]
+        assert_replayed(optimizer, 3 * LR)
+        assert distance(model, flow_end(build(), mse(x, y), 3 * LR)) <= NEAR
+        assert torch.equal(parameters_to_vector(model[0].parameters()), parameters_to_vector(network()[0].parameters()))
+
+
+def test_a_layer_frozen_in_the_middle_of_training() -> None:
+    """From then on the flow is that of the others."""
+    x, y = data()
+    model, twin = network(), network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    passes(optimizer, lambda: F.mse_loss(model(x), y), 2)
+    model[0].requires_grad_(False)
+    passes(optimizer, lambda: F.mse_loss(model(x), y), 2)
+    assert_replayed(optimizer, 4 * LR)
+    follow(twin.parameters(), slope(twin.parameters(), lambda: F.mse_loss(twin(x), y)), 2 * LR)
+    follow(twin[2].parameters(), slope(twin[2].parameters(), lambda: F.mse_loss(twin(x), y)), 2 * LR)
+    assert distance(model, twin) <= NEAR
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer with a linear read-out of its last state."""
+
+    def __init__(self, kind: str, **settings: Any) -> None:
+        super().__init__()
+        self.layer = getattr(nn, kind)(2, 3, batch_first=True, **settings)
+        self.out = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(self.layer(x)[0][:, -1])
+        return out
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_recurrent_models(kind: str) -> None:
+    """Two layers, no dropout."""
+    torch.manual_seed(0)
+    x, y = torch.randn(6, 4, 2).double(), torch.randn(6, 1).double()
+    start = Recurrent(kind, num_layers=2).double()
+    model, optimizer = objective_end(copy.deepcopy(start), mse(x, y))
+    assert_replayed(optimizer, 3 * LR)
+    assert distance(model, flow_end(start, mse(x, y), 3 * LR)) <= NEAR
+
+
+def test_batch_norm_in_training_mode() -> None:
+    """The flow of the loss with batch statistics, with a warning; running statistics move once per step."""
+    torch.manual_seed(0)
+    x, y = data()
+    start = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 1)).double()
+    with pytest.warns(GradientFlowWarning, match="BatchNorm in training mode"):
+        model, optimizer = objective_end(copy.deepcopy(start), mse(x, y))
+    assert_replayed(optimizer, 3 * LR)
+    assert int(model.get_buffer("1.num_batches_tracked")) == 3
+    assert distance(model, flow_end(start, mse(x, y), 3 * LR)) <= NEAR
+
+
+def test_no_grad_target_is_held_fixed() -> None:
+    """A target computed from the parameters under no_grad is data within a step, with a warning."""
+    x, _ = data()
+    model, twin = network(), network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            target = 0.5 * model(x + 1)
+        return F.mse_loss(model(x), target)
+
+    with pytest.warns(GradientFlowWarning, match="held fixed within a step"):
+        passes(optimizer, loss, 3)
+    assert_replayed(optimizer, 3 * LR)
+    for _ in range(3):
+        fixed = 0.5 * twin(x + 1).detach()
+        follow(twin.parameters(), slope(twin.parameters(), lambda f=fixed: F.mse_loss(twin(x), f)), LR)  # type: ignore[misc]
+    assert distance(model, twin) <= NEAR
+
+
+def test_detached_target_moves_with_theta() -> None:
+    """A detached target is part of the pass: .grad is followed, which is not the gradient of the loss, with a warning."""
+    x, _ = data()
+    model, twin = network(), network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with pytest.warns(GradientFlowWarning, match="is not the gradient of the loss"):
+        passes(optimizer, lambda: F.mse_loss(model(x), 0.5 * model(x + 1).detach()), 3)
+    assert_replayed(optimizer, 3 * LR)
+    semigradient = slope(twin.parameters(), lambda: F.mse_loss(twin(x), 0.5 * twin(x + 1).detach()))
+    follow(twin.parameters(), semigradient, 3 * LR)
+    assert distance(model, twin) <= NEAR
+
+
+@pytest.mark.parametrize(
+    "what",
+    ["create_graph", "penalised input", "functional_call", "weight norm", "loss of loss"],
+)
+def test_unusual_losses(what: str) -> None:
+    """Gradients within the loss, and parameters that are not what the layers compute with."""
+    x, y = data()
+    start: nn.Module = network()
+    if what == "weight norm":
+        nn.utils.parametrizations.weight_norm(start[0])  # type: ignore[index]
+
+    def loss(model: nn.Module) -> Tensor:
+        if what == "functional_call":
+            halved = {name: 0.5 * p for name, p in model.named_parameters()}
+            return mse(x, y)(lambda x: torch.func.functional_call(model, halved, (x,)))
+        inner = F.mse_loss(model(x), y)
+        if what == "create_graph":
+            slopes = torch.autograd.grad(inner, list(model.parameters()), create_graph=True)
+            return inner + 0.1 * sum(g.square().sum() for g in slopes)
+        if what == "penalised input":
+            points = x.clone().requires_grad_()
+            (field,) = torch.autograd.grad(model(points).sum(), points, create_graph=True)
+            return inner + 0.1 * (field.norm(dim=1) - 1).square().mean()
+        return inner.exp() if what == "loss of loss" else inner
+
+    model, optimizer = objective_end(copy.deepcopy(start), loss)
+    assert_replayed(optimizer, 3 * LR)
+    assert distance(model, flow_end(start, loss, 3 * LR)) <= NEAR
+
+
+def test_a_loop_in_another_thread() -> None:
+    """zero_grad to step in a thread of its own, the optimizer made elsewhere, another loop in this thread meanwhile."""
+    x, y = data()
+    models = [network(), network()]
+    optimizers = [GradientFlow(m.parameters(), lr=LR) for m in models]
+    turns = threading.Barrier(2, timeout=20)
+
+    def loop(k: int) -> None:
+        for _ in range(3):
+            optimizers[k].zero_grad()
+            turns.wait()
+            loss = F.mse_loss(models[k](x), y)
+            turns.wait()
+            loss.backward()
+            optimizers[k].step()
+
+    thread = threading.Thread(target=loop, args=(1,))
+    thread.start()
+    loop(0)
+    thread.join()
+    end = flow_end(network(), mse(x, y), 3 * LR)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        assert_replayed(optimizer, 3 * LR)
+        assert distance(model, end) <= NEAR
+
+
+# Numbers that are read out
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_loss_logged_before_backward(last: bool) -> None:
+    """The first pass cannot know that the number is only logged: one gradient, silently; then it makes up for it."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    logged, engines = [], []
+
+    def loss() -> Tensor:
+        value = F.mse_loss(model(x), y)
+        logged.append(value.item())
+        return value
+
+    for _ in range(5):
+        passes(optimizer, loss, 1, last=last)
+        engines.append(optimizer.stats.engine)
+    n = 2 if last else 1
+    assert engines == ["fallback"] * n + ["replay"] * (5 - n)
+    assert_replayed(optimizer, 5 * LR)
+    assert len(set(logged)) == 5
+    assert distance(model, flow_end(network(), mse(x, y), 5 * LR)) <= NEAR
+
+
+def with_number(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """A loss that is scaled by a number read out of it."""
+    loss = F.mse_loss(model(x), y)
+    return loss / (1.0 + loss.item())
+
+
+def with_decision(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """A loss whose weight is a matter of comparing values (both weights are met in turn)."""
+    loss = F.mse_loss(model(x), y)
+    weight = float(loss.detach() * 1e6 % 2)
+    return (1 + weight) * loss
+
+
+@pytest.mark.parametrize(("loss", "reason"), [(with_number, r"\.item\(\)"), (with_decision, r"float\(\)")])
+def test_a_number_that_enters_the_loss(loss: Callable[[nn.Module, Tensor, Tensor], Tensor], reason: str) -> None:
+    """Named, and never replayed with a frozen number."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with named(f"reads a number.*{reason}"):
+        for _ in range(6):
+            passes(optimizer, lambda: loss(model, x, y), 1)
+            assert_fell_back(optimizer, "reads a number out of a tensor that depends on the parameters")
+
+
+# The fallback is on the right flow
+
+
+def fallback_end(optimizer: GradientFlow, model: nn.Module, gradients: Callable[[nn.Module], Gradients]) -> float:
+    """How far the accepted point lies from the flow at flow_time, relative to the way that the flow came."""
+    optimizer.synchronize()
+    twin = network()
+    start = flat(twin)
+    follow(twin.parameters(), gradients(twin), optimizer.flow_time)
+    assert optimizer.flow_time > 0.05
+    return float((flat(model) - flat(twin)).norm() / (flat(twin) - start).norm())
+
+
+FALLEN = 1e-3
+
+
+def clipped(model: nn.Module, loss: Callable[[nn.Module], Tensor], size: float) -> Gradients:
+    """The gradient field that clip_grad_norm_ makes."""
+    raw = slope(model.parameters(), lambda: loss(model))
+
+    def field() -> list[Tensor]:
+        gradients = raw()
+        norm = torch.stack([g.square().sum() for g in gradients]).sum().sqrt()
+        return [g * min(1.0, size / (float(norm) + 1e-6)) for g in gradients]
+
+    return field
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_gradient_clipping(last: bool) -> None:
+    """Named, and the flow of the clipped field is followed."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with named("multiple of it .clipping"):
+        for _ in range(200):
+            if not last:
+                optimizer.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            clip_grad_norm_(model.parameters(), 0.05)
+            optimizer.step()
+            if last:
+                optimizer.zero_grad()
+    assert_fell_back(optimizer, "clipping")
+    assert fallback_end(optimizer, model, lambda m: clipped(m, mse(x, y), 0.05)) <= FALLEN
+
+
+def test_model_zero_grad() -> None:
+    """The optimizer is not told: named, with the remedy, and on the flow."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with named("model.zero_grad.. does not tell the optimizer"):
+        for _ in range(200):
+            model.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            optimizer.step()
+    assert_fell_back(optimizer, "optimizer.zero_grad() was not called")
+    assert fallback_end(optimizer, model, lambda m: slope(m.parameters(), lambda: mse(x, y)(m))) <= FALLEN
+
+
+def test_zero_grad_between_forward_and_backward() -> None:
+    """As in torch's tutorials: named, with the remedy, and on the flow."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with named("call zero_grad.. before the forward pass"):
+        for _ in range(200):
+            loss = F.mse_loss(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert_fell_back(optimizer, "not computed from the parameters between zero_grad() and backward()")
+    assert fallback_end(optimizer, model, lambda m: slope(m.parameters(), lambda: mse(x, y)(m))) <= FALLEN
+
+
+def test_torch_autograd_backward() -> None:
+    """Not seen: named, and on the flow."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with named("torch.autograd.backward is not seen"):
+        for _ in range(200):
+            optimizer.zero_grad()
+            torch.autograd.backward(F.mse_loss(model(x), y))
+            optimizer.step()
+    assert_fell_back(optimizer, "no call of Tensor.backward was seen")
+    assert fallback_end(optimizer, model, lambda m: slope(m.parameters(), lambda: mse(x, y)(m))) <= FALLEN
+
+
+def test_a_second_loss_that_is_not_recorded() -> None:
+    """Its gradient is in .grad, so that the record of the first does not pass for the whole."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with named("a second loss that was not recorded"):
+        for _ in range(200):
+            optimizer.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            torch.autograd.backward(0.1 * model(x).square().mean())
+            optimizer.step()
+    assert_fell_back(optimizer, "a second loss")
+
+    def both(m: nn.Module) -> Gradients:
+        return slope(m.parameters(), lambda: F.mse_loss(m(x), y) + 0.1 * m(x).square().mean())
+
+    assert fallback_end(optimizer, model, both) <= FALLEN
+
+
+def test_gradients_that_were_not_zeroed() -> None:
+    """.grad that holds more than the pass that was recorded: named."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    F.mse_loss(model(x), y).backward()
+    kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    optimizer.zero_grad()
+    for p, g in zip(model.parameters(), kept, strict=True):
+        p.grad = g + 1
+    with named("not that of the recorded loss"):
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
+def test_parameter_hook() -> None:
+    """A hook that changes gradients: named, and the changed field is followed."""
+    x, y = data()
+    model = network()
+    next(model.parameters()).register_hook(lambda g: 0.5 * g)
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with named("a hook on a gradient"):
+        passes(optimizer, lambda: F.mse_loss(model(x), y), 200)
+    assert_fell_back(optimizer, "a hook on a gradient")
+
+    def halved(m: nn.Module) -> Gradients:
+        raw = slope(m.parameters(), lambda: mse(x, y)(m))
+        return lambda: [0.5 * g if k == 0 else g for k, g in enumerate(raw())]
+
+    assert fallback_end(optimizer, model, halved) <= FALLEN
+
+
+class Through(torch.autograd.Function):
+    """Rounds, and passes gradients through doubled."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return 2 * gradient
+
+
+def test_custom_function_with_a_gradient_of_its_own() -> None:
+    """A straight-through estimator as an autograd Function, not called through a torch function: named, and on its flow."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with named("custom autograd Function"):
+        passes(optimizer, lambda: F.mse_loss(Through.apply(model(x)), y), 100)  # type: ignore[no-untyped-call]
+    assert optimizer.stats.engine == "fallback"
+    assert fallback_end(optimizer, model, lambda m: slope(m.parameters(), lambda: 2 * mse(x, y)(m))) <= FALLEN
+
+
+def test_straight_through_by_detach() -> None:
+    """x + (round(x) − x).detach(): the flow of .grad, warned of."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=1e-3)
+
+    def loss(m: nn.Module) -> Tensor:
+        out = m(x)
+        return F.mse_loss(out + (0.1 * torch.sin(20 * out)).detach(), y)
+
+    with pytest.warns(GradientFlowWarning, match="straight-through"):
+        passes(optimizer, lambda: loss(model), 3)
+    assert_replayed(optimizer, 3e-3)
+    twin = network()
+    follow(twin.parameters(), slope(twin.parameters(), lambda: loss(twin)), 3e-3)
+    assert distance(model, twin) <= NEAR
+
+
+def test_dropout() -> None:
+    """Random at every pass: named, in a loop."""
+    torch.manual_seed(0)
+    x, y = data()
+    model = nn.Sequential(nn.Linear(3, 5), nn.Dropout(0.2), nn.Linear(5, 1)).double()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    start = F.mse_loss(model.eval()(x), y).item()
+    model.train()
+    with named("random numbers .dropout"):
+        passes(optimizer, lambda: F.mse_loss(model(x), y), 100)
+    assert_fell_back(optimizer, "dropout")
+    assert F.mse_loss(model.eval()(x), y).item() < start
+    passes(optimizer, lambda: F.mse_loss(model(x), y), 1)
+    assert optimizer.stats.engine == "replay"
+
+
+def test_data_changed_between_backward_and_step() -> None:
+    """A batch buffer that is filled again too early: named, never the flow of the new data's loss."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with named("written to in place"):
+        for _ in range(4):
+            optimizer.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            x += 0.1
+            optimizer.step()
+            assert_fell_back(optimizer, "written to in place")
+
+
+def test_data_changed_between_steps_in_place() -> None:
+    """One buffer, filled anew before each pass: a mini-batch like another."""
+    x, y = data()
+    buffer = torch.empty_like(x)
+    pairs = [(x, y), (x + 0.5, y), (x - 0.5, y)]
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    for values, _ in pairs:
+        buffer.copy_(values)
+        passes(optimizer, lambda: F.mse_loss(model(buffer), y), 1)
+    assert_replayed(optimizer, 3 * LR)
+    assert distance(model, batch_flows(network(), pairs, [LR] * 3)) <= NEAR
+
+
+def test_autocast_to_bfloat16() -> None:
+    """Right to bfloat16's two digits, without a warning."""
+    x, y = data(dtype=torch.float32)
+    model = network(dtype=torch.float32)
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+
+    def loss() -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return F.mse_loss(model(x), y)
+
+    passes(optimizer, loss, 4)
+    assert_replayed(optimizer, 4 * LR)
+    assert distance(model, flow_end(network(dtype=torch.float32), mse(x, y), 4 * LR)) <= 2e-2
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_grad_scaler(last: bool) -> None:
+    """It unscales the gradients, not the loss that was recorded: named, and on the flow of the loss itself."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    scaler = torch.amp.GradScaler("cpu")
+    with named("multiple of it .clipping or scaling"):
+        for _ in range(200):
+            if not last:
+                optimizer.zero_grad()
+            scaler.scale(F.mse_loss(model(x), y)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            if last:
+                optimizer.zero_grad()
+    assert_fell_back(optimizer, "scaling after backward")
+    assert fallback_end(optimizer, model, lambda m: slope(m.parameters(), lambda: mse(x, y)(m))) <= FALLEN
+
+
+def test_disabled_grad_scaler() -> None:
+    """GradScaler(enabled=False), as scripts for GPUs have it on a CPU, changes nothing."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    for _ in range(3):
+        optimizer.zero_grad()
+        scaler.scale(F.mse_loss(model(x), y)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert_replayed(optimizer, 3 * LR)
+    assert distance(model, flow_end(network(), mse(x, y), 3 * LR)) <= NEAR
+
+
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [
+        ("model.zero_grad", "was not called between the last step and this forward pass"),
+        ("dropout", "random numbers"),
+        ("clipping", "clipping"),
+        ("item", "reads a number"),
+        ("between", "call zero_grad.. before the forward pass"),
+    ],
+)
+@pytest.mark.parametrize("polish", [False, True])
+def test_where_the_record_must_serve_its_failure_is_an_error(how: str, reason: str, polish: bool) -> None:
+    """engine="replay", and NewtonPolish: a ClosureError that names the reason, and nothing moves."""
+    x, y = data()
+    model = network()
+    optimizer = NewtonPolish(model.parameters()) if polish else GradientFlow(model.parameters(), lr=LR, engine="replay")
+    before = flat(model)
+    optimizer.zero_grad()
+    if how == "model.zero_grad":
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+        before = flat(model)
+        model.zero_grad()
+    out = F.dropout(model(x), 0.5, training=how == "dropout")
+    loss = F.mse_loss(out, y)
+    if how == "item":
+        loss = loss / loss.item()
+    if how == "between":
+        optimizer.zero_grad()
+    loss.backward()
+    if how == "clipping":
+        clip_grad_norm_(model.parameters(), 0.1)
+    with pytest.raises(ClosureError, match=reason):
+        optimizer.step()
+    assert torch.equal(flat(model), before)
+
+
+# NewtonPolish in a plain loop
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_newton_polish(last: bool) -> None:
+    """One pass converges; with zero_grad last the first step moves nothing, the second one converges."""
+    x, y = data()
+    model = network()
+    start = flat(model)
+    polish = NewtonPolish(model.parameters(), weight_decay=0.1)
+    passes(polish, lambda: F.mse_loss(model(x), y), 1, last=last)
+    if last:
+        assert polish.result is None
+        assert torch.equal(flat(model), start)
+        passes(polish, lambda: F.mse_loss(model(x), y), 1, last=True)
+    assert polish.result is not None
+    assert polish.result.status == "converged"
+    gradients = torch.autograd.grad(F.mse_loss(model(x), y), list(model.parameters()))
+    residual = torch.cat([(g + 0.1 * p).reshape(-1) for g, p in zip(gradients, model.parameters(), strict=True)])
+    assert float(residual.detach().abs().max()) <= 2e-13
+
+
+def test_flow_then_polish_in_one_loop() -> None:
+    """GradientFlow for the way, NewtonPolish for the end, as any two optimizers in turn."""
+    x, y = data()
+    model = network()
+    flow = GradientFlow(model.parameters(), lr=5.0, weight_decay=0.1)
+    polish = NewtonPolish(model.parameters(), weight_decay=0.1)
+    for k in range(6):
+        optimizer = polish if k == 5 else flow
+        passes(optimizer, lambda: F.mse_loss(model(x), y), 1)
+    assert_replayed(flow, 25.0)
+    assert polish.result is not None
+    assert polish.result.status == "converged"
+
+
+# Twelve loops that a stranger might write, each ending in the right flow or in a named refusal
+
+
+def test_stranger_1_the_quickstart() -> None:
+    """Loop 1: PyTorch's quickstart: train() with zero_grad last, loss.item() logged, test() under no_grad."""
+    torch.manual_seed(0)
+    inputs = torch.randn(24, 4)
+    labels = (inputs.sum(1) > 0).long()
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 6), nn.Softplus(), nn.Linear(6, 2))
+    start = copy.deepcopy(model)
+    loader = DataLoader(TensorDataset(inputs, labels), batch_size=8)
+    loss_fn = nn.CrossEntropyLoss()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    times: list[float] = []
+
+    def train() -> None:
+        model.train()
+        for batch, (x, y) in enumerate(loader):
+            before = optimizer.flow_time
+            loss = loss_fn(model(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if batch % 2 == 0:
+                print(f"loss: {loss.item():>7f}")
+            times.append(optimizer.flow_time - before)
+
+    def test() -> float:
+        model.eval()
+        correct = 0.0
+        with torch.no_grad():
+            for x, y in loader:
+                correct += (model(x).argmax(1) == y).type(torch.float).sum().item()
+        return correct / len(inputs)
+
+    accuracy = 0.0
+    for _ in range(3):
+        train()
+        accuracy = test()
+    assert optimizer.stats.engine == "replay"
+    assert accuracy > 0.5
+    # The first batch has no record and gets a first, short step, whose end the second batch's step starts from.
+    assert times[1] == pytest.approx(LR, abs=LR * 0.1)
+    twin = copy.deepcopy(start).double()
+    pairs = list(zip(inputs.double().split(8), labels.split(8), strict=True)) * 3
+    for (x, y), time in zip(pairs, [optimizer.flow_time - 8 * LR] + [LR] * 8, strict=True):
+        follow(twin.parameters(), slope(twin.parameters(), lambda x=x, y=y: loss_fn(twin(x), y)), time)  # type: ignore[misc]
+    assert distance(model, twin) <= NEAR32
+
+
+def test_stranger_2_learning_pytorch_with_examples() -> None:
+    """Loop 2: the sine fitted by a cubic, with zero_grad between forward and backward: named, and on the flow."""
+    x = torch.linspace(-1, 1, 50, dtype=torch.float64)
+    y = torch.sin(3 * x)
+    xx = x.unsqueeze(-1).pow(torch.tensor([1, 2, 3]))
+
+    def build() -> nn.Sequential:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 1), nn.Flatten(0, 1)).double()
+
+    model = build()
+    loss_fn = nn.MSELoss(reduction="sum")
+    optimizer = GradientFlow(model.parameters(), lr=1e-1)
+    with named("call zero_grad.. before the forward pass"):
+        for t in range(300):
+            loss = loss_fn(model(xx), y)
+            if t % 100 == 99:
+                print(t, loss.item())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    assert_fell_back(optimizer, "before the forward pass")
+    optimizer.synchronize()
+    assert optimizer.flow_time > 0.1
+    assert distance(model, flow_end(build(), lambda m: loss_fn(m(xx), y), optimizer.flow_time)) <= 1e-4
+
+
+class Regression(nn.Module):
+    """What a stranger calls Net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(3, 5), nn.Linear(5, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.view(x.size(0), -1)
+        out: Tensor = self.fc2(torch.sigmoid(self.fc1(x)))
+        return out
+
+
+def test_stranger_3_regularisation_over_named_parameters() -> None:
+    """Loop 3: a custom forward, a penalty summed over the weights by name, running loss collected after the step."""
+    x, y = data()
+    torch.manual_seed(0)
+    net = Regression().double()
+    start = copy.deepcopy(net)
+    criterion = nn.MSELoss()
+    optimizer = GradientFlow(net.parameters(), lr=LR)
+    running_loss = 0.0
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss = criterion(net(x), y)
+        reg: Any = 0.0
+        for name, param in net.named_parameters():
+            if "weight" in name:
+                reg = reg + torch.sqrt(param.pow(2) + 0.01).sum() + torch.norm(param, 2)
+        loss = loss + 0.01 * reg
+        loss.backward()
+        optimizer.step()
+        running_loss += loss.item()
+    assert running_loss > 0
+    assert_replayed(optimizer, 5 * LR)
+
+    def regularised(m: nn.Module) -> Tensor:
+        weights = [p for name, p in m.named_parameters() if name.endswith("weight")]
+        return F.mse_loss(m(x), y) + 0.01 * sum((p * p + 0.01).sqrt().sum() + (p * p).sum().sqrt() for p in weights)
+
+    assert distance(net, flow_end(start, regularised, 5 * LR)) <= NEAR
+
+
+def test_stranger_4_shuffled_epochs_and_a_schedule() -> None:
+    """Loop 4: epochs, DataLoader(shuffle=True), zero_grad first, StepLR per epoch, tqdm-like averages with .item()."""
+    inputs, targets = data(16)
+    model = network()
+    generator = torch.Generator().manual_seed(3)
+    seen: list[tuple[Tensor, Tensor]] = []
+    loader = DataLoader(TensorDataset(inputs, targets), batch_size=5, shuffle=True, generator=generator)
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+    times = []
+    for _ in range(3):
+        epoch_loss = 0.0
+        for xb, yb in loader:
+            optimizer.zero_grad(set_to_none=True)
+            loss = F.mse_loss(model(xb), yb)
+            loss.backward()
+            optimizer.step()
+            epoch_loss += loss.item() * xb.size(0)
+            seen.append((xb, yb))
+            times.append(float(scheduler.get_last_lr()[0]))
+        scheduler.step()
+    assert optimizer.stats.engine == "replay"
+    assert times == pytest.approx([LR] * 4 + [LR / 2] * 4 + [LR / 4] * 4)
+    assert distance(model, batch_flows(network(), seen, times)) <= NEAR
+
+
+def test_stranger_5_early_stopping() -> None:
+    """Loop 5: the best state_dict is kept by deepcopy, validation between steps, the best one loaded, training goes on."""
+    x, y = data()
+    x_val, y_val = data(seed=2)
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    best, best_state, best_at = float("inf"), model.state_dict(), -1
+    for epoch in range(6):
+        model.train()
+        optimizer.zero_grad()
+        loss = F.mse_loss(model(x), y)
+        loss.backward()
+        optimizer.step()
+        model.eval()
+        with torch.no_grad():
+            val = F.mse_loss(model(x_val), y_val).item()
+        if val < best:
+            best, best_at = val, epoch
+            best_state = copy.deepcopy(model.state_dict())
+    model.load_state_dict(best_state)
+    assert_replayed(optimizer, 6 * LR)
+    assert best_at >= 0
+    end = flow_end(network(), mse(x, y), (best_at + 1) * LR)
+    assert distance(model, end) <= NEAR
+    # From there once more: a new start of the integrator at the point that was loaded.
+    passes(optimizer, lambda: F.mse_loss(model(x), y), 2)
+    assert optimizer.stats.engine == "replay"
+    assert distance(model, flow_end(network(), mse(x, y), (best_at + 3) * LR)) <= NEAR
+
+
+def test_stranger_6_gradient_accumulation() -> None:
+    """Loop 6: loss / 4 and `if (i + 1) % 4 == 0: step(); zero_grad()`: the mean of each four batches is followed."""
+    x, y = data(32)
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    accumulation_steps = 4
+    loader = DataLoader(TensorDataset(x, y), batch_size=4)
+    optimizer.zero_grad()
+    for _ in range(2):
+        for i, (xb, yb) in enumerate(loader):
+            loss = F.mse_loss(model(xb), yb) / accumulation_steps
+            loss.backward()
+            if (i + 1) % accumulation_steps == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+    assert_replayed(optimizer, 4 * LR)
+    pairs = [(x[:16], y[:16]), (x[16:], y[16:])] * 2
+    assert distance(model, batch_flows(network(), pairs, [LR] * 4)) <= NEAR
+
+
+def test_stranger_7_clip_grad_norm() -> None:
+    """Loop 7: clip_grad_norm_ that clips at first and not later: named while it clips, the flow of the clipped field."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    engines = []
+    with named("clipping"):
+        for _ in range(300):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), y)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm=0.7)
+            optimizer.step()
+            engines.append(optimizer.stats.engine)
+            if optimizer.flow_time > 3.0:
+                break
+    assert engines[0] == "fallback"
+    assert engines[-1] == "replay"
+    optimizer.synchronize()
+    twin = network()
+    follow(twin.parameters(), clipped(twin, mse(x, y), 0.7), optimizer.flow_time)
+    assert distance(model, twin) <= 1e-3
+
+
+def test_stranger_8_mixed_precision() -> None:
+    """Loop 8: autocast and GradScaler, set_to_none=True, unscale_ and clipping: named, the loss goes down."""
+    x, y = data(dtype=torch.float32)
+    model = network(dtype=torch.float32)
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    scaler = torch.amp.GradScaler("cpu")
+    losses = []
+    with named("scaling after backward"):
+        for _ in range(60):
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device_type="cpu", dtype=torch.bfloat16):
+                loss = F.mse_loss(model(x), y)
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            losses.append(loss.item())
+    assert_fell_back(optimizer, "scaling")
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_stranger_9_dcgan() -> None:
+    """Loop 9: the DCGAN tutorial's order: two backward calls for D, one pass of G for both, optimizers' zero_grad.
+
+    D is replayed; G's fakes were generated before its zero_grad, which is named.
+    """
+    generator, discriminator, real, noise = gan()
+    criterion = nn.BCEWithLogitsLoss()
+    opt_d = GradientFlow(discriminator.parameters(), lr=LR)
+    opt_g = GradientFlow(generator.parameters(), lr=LR)
+    start_g, start_d = flat(generator), copy.deepcopy(discriminator)
+    first_d, first_fake = flat(discriminator), real
+    with named("call zero_grad.. before the forward pass"):
+        for k in range(4):
+            opt_d.zero_grad()
+            label = torch.full((len(real), 1), 1.0, dtype=torch.float64)
+            criterion(discriminator(real), label).backward()
+            fake = generator(noise)
+            label = torch.full((len(real), 1), 0.0, dtype=torch.float64)
+            criterion(discriminator(fake.detach()), label).backward()
+            opt_d.step()
+            if k == 0:
+                first_d, first_fake = flat(discriminator), fake.detach()
+            opt_g.zero_grad()
+            label = torch.full((len(real), 1), 1.0, dtype=torch.float64)
+            criterion(discriminator(fake), label).backward()
+            opt_g.step()
+    assert_replayed(opt_d, 4 * LR)
+    assert_fell_back(opt_g, "call zero_grad() before the forward pass")
+    assert not torch.equal(flat(generator), start_g)
+    judged = lambda m: F.softplus(-m(real)).mean() + F.softplus(m(first_fake)).mean()  # noqa: E731
+    assert distance(first_d, flow_end(start_d, judged, LR)) <= NEAR
+
+
+def test_stranger_10_teacher_with_an_average_of_the_student() -> None:
+    """Loop 10: mean teacher: a copy that follows as a moving average and gives targets under no_grad."""
+    x, y = data()
+    student = network()
+    teacher = copy.deepcopy(student)
+    for p in teacher.parameters():
+        p.requires_grad_(False)
+    optimizer = GradientFlow(student.parameters(), lr=LR)
+    for _ in range(4):
+        optimizer.zero_grad()
+        with torch.no_grad():
+            target = teacher(x + 0.1)
+        out = student(x)
+        loss = F.mse_loss(out, y) + 0.5 * F.mse_loss(out, target)
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            for pt, ps in zip(teacher.parameters(), student.parameters(), strict=True):
+                pt.mul_(0.9).add_(ps, alpha=0.1)
+    assert_replayed(optimizer, 4 * LR)
+    twin, slow = network(), network()
+    for _ in range(4):
+        aim = slow(x + 0.1).detach()
+        loss_fn = lambda aim=aim: F.mse_loss(twin(x), y) + 0.5 * F.mse_loss(twin(x), aim)  # type: ignore[misc]  # noqa: E731
+        follow(twin.parameters(), slope(twin.parameters(), loss_fn), LR)
+        mixed = 0.9 * parameters_to_vector(slow.parameters()) + 0.1 * parameters_to_vector(twin.parameters())
+        vector_to_parameters(mixed.detach(), slow.parameters())
+    assert distance(student, twin) <= NEAR
+    assert distance(teacher, slow) <= NEAR
+
+
+def test_stranger_11_physics_informed() -> None:
+    """Loop 11: u' = −u with u(0) = 1 by a network whose derivative is taken with create_graph=True at points made once."""
+    t = torch.linspace(0, 1, 9, dtype=torch.float64).view(-1, 1).requires_grad_(True)
+    t0 = torch.zeros(1, 1, dtype=torch.float64)
+    model = network(n_inputs=1)
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    for epoch in range(4):
+        optimizer.zero_grad()
+        u = model(t)
+        u_t = torch.autograd.grad(u, t, grad_outputs=torch.ones_like(u), create_graph=True)[0]
+        loss_physics = torch.mean((u_t + u) ** 2)
+        loss_start = torch.mean((model(t0) - 1) ** 2)
+        loss = loss_physics + loss_start
+        loss.backward()
+        optimizer.step()
+        if epoch % 2 == 0:
+            print(epoch, loss.item(), loss_physics.item())
+    assert_replayed(optimizer, 4 * LR)
+
+    def residual(m: nn.Module) -> Tensor:
+        # The derivative written out: u = a·tanh(w t + b) + c, u' = a·(1 − tanh²) w.
+        (w, b), (a, c) = m[0].parameters(), m[2].parameters()  # type: ignore[index]
+        h = torch.tanh(t.detach() @ w.T + b)
+        u, u_t = h @ a.T + c, (1 - h * h) @ (a * w.T).T
+        return (u_t + u).square().mean() + (torch.tanh(b) @ a.T + c - 1).square().mean()
+
+    assert distance(model, flow_end(network(n_inputs=1), residual, 4 * LR)) <= NEAR
+
+
+class TiedAutoencoder(nn.Module):
+    """The decoder uses the encoder's weights, transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Linear(4, 2)
+        self.bias = nn.Parameter(torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(torch.tanh(self.encoder(x)), self.encoder.weight.t(), self.bias)
+
+
+def test_stranger_12_tied_autoencoder_with_logged_gradient_norms() -> None:
+    """Loop 12: a tied, weight-normed autoencoder in train(), which logs gradient norms between backward and step."""
+    x = data(n_inputs=4)[0]
+    torch.manual_seed(0)
+    model = TiedAutoencoder().double()
+    start = copy.deepcopy(model)
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    history: list[dict[str, float]] = []
+
+    def train(n_epochs: int) -> None:
+        for _ in range(n_epochs):
+            optimizer.zero_grad()
+            loss = F.mse_loss(model(x), x)
+            loss.backward()
+            norms = {n: p.grad.norm().item() for n, p in model.named_parameters() if p.grad is not None}
+            total = torch.sqrt(sum(p.grad.pow(2).sum() for p in model.parameters() if p.grad is not None)).item()  # type: ignore[arg-type]
+            weights = sum(p.norm().item() for p in model.parameters())
+            history.append({**norms, "total": total, "weights": weights, "loss": loss.item()})
+            optimizer.step()
+
+    train(4)
+    assert_replayed(optimizer, 4 * LR)
+    assert len({entry["total"] for entry in history}) == 4
+    assert distance(model, flow_end(start, lambda m: F.mse_loss(m(x), x), 4 * LR)) <= NEAR

@@ -99,7 +99,8 @@ def open_loop(
     if tried.objective is None:
         memory.program = None
         raise NoRecord(tried.reason)
-    if memory.check and memory.structure not in memory.behaved:
+    # Two digits cannot tell.
+    if memory.check and memory.structure not in memory.behaved and resolution < 1e-4:
         shift = downhill(theta, tried.gradient, layout)
         moved = tried.objective.loss_and_gradient(theta + shift)
         memory.not_a_gradient = not_the_slope((tried.loss, tried.gradient), moved, shift, layout)
@@ -161,6 +162,8 @@ def _ran_the_same(program: Program, before: Program) -> bool:
 def _why_nothing(recording: Recording) -> str:
     if recording.doubts:
         return "; ".join(recording.doubts)
+    if recording.custom_function:
+        return "a custom autograd Function stands between the parameters and the loss; what such Functions compute is not seen"
     if recording.n_backward:
         return (
             "backward was called on a loss that was not computed from the parameters between zero_grad() and backward(); "

@@ -97,6 +97,8 @@ class Recording:
         autocast: The type to which autocast cast, or None where it was off.
         parameter_versions: The parameters' version counters at the last ``backward``.
         normalises: Whether a normalisation used the statistics of the batch.
+        custom_function: Whether ``backward`` was called on a loss behind a custom autograd Function, which hides what it
+            was computed from.
         paused: Calls are not told while it is set.
         n_calls: Calls that were kept, altogether.
         seconds: What recording cost.
@@ -109,6 +111,7 @@ class Recording:
         self.autocast: torch.dtype | None = None
         self.parameter_versions: list[int] = []
         self.normalises = False
+        self.custom_function = False
         self.paused = False
         self.n_calls = 0
         self.seconds = 0.0
@@ -181,6 +184,8 @@ class Recording:
         slot = self._slot(loss)
         known = slot is not None and slot >= 0
         if self._loop and not (known and self._linked[slot]):  # type: ignore[index]
+            # Made under no_grad, yet with a gradient: the forward pass of a custom Function.
+            self.custom_function = self.custom_function or (slot == _FIXED and loss.requires_grad)
             return
         self._n_at_backward = len(self._calls)
         self.parameter_versions = [version_of(p) for p in self._parameters]
@@ -330,7 +335,7 @@ class Recording:
         if self._loop and tensor.requires_grad and tensor.is_leaf:
             original, version, copy = self._copies.get(id(tensor), (None, -1, tensor))
             if original is None or version != version_of(tensor):
-                copy = tensor.detach().clone()
+                copy = tensor.detach().clone().requires_grad_()  # the loss may contain its gradient
                 self._copies[id(tensor)] = (tensor, version_of(tensor), copy)
             tensor = copy
         if id(tensor) not in self._constants:
@@ -567,7 +572,10 @@ class Recorder(TorchFunctionMode):
             if in_place and versions:
                 versions[0] -= 1  # what it was before the call is not known
             for recording in self._listeners():
-                recording.note(func, args, kwargs, operands, versions, result, grad_enabled)
+                if func is torch.Tensor.backward:
+                    recording.note_backward(*args, **kwargs)
+                else:
+                    recording.note(func, args, kwargs, operands, versions, result, grad_enabled)
 
 
 def _new_numbers(calls: Sequence[Call], n_parameters: int) -> tuple[dict[int, int], int]:

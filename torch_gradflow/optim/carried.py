@@ -139,7 +139,7 @@ def read_multistep(optimizer: Optimizer, active: ActiveParameters, n_knots: int)
 
 
 def write_multistep(optimizer: Optimizer, active: ActiveParameters, state: AdamsState, n_knots: int, owed: float) -> None:
-    """Keep where a flow with one gradient per call stands; ``owed`` is the flow time that this call was short of."""
+    """Keep where a flow with one gradient per call stands, and the flow time that its calls were short of."""
     unused = state.theta.new_zeros(2 * n_knots - 1 - len(state.times), state.theta.numel())
     rows = torch.cat([state.theta[None], state.gradients, unused])
     columns = rows.split([shape.numel() for shape in active.layout.shapes], dim=1)

@@ -197,8 +197,8 @@ class GradientFlow(ClosureOptimizer):
                 if all(p.grad is None for p in active.tensors):
                     self._memory.warn_once("step() had nothing to do: no parameter has a gradient. Call backward() before it.")
                     return None
-                self._announce(why)
-                return self._fall_back(str(why), recording, active, problem, theta)
+                silent = not self._announce(why)
+                return self._fall_back(str(why), recording, active, problem, theta, silent=silent)
             except FloatingPointError:
                 # A proposal may lie where the loss is not finite: that is the fallback's to judge.
                 if closure is not None or theta is None or not self.param_groups[0]["multistep"]:
@@ -266,7 +266,7 @@ class GradientFlow(ClosureOptimizer):
     def _go_on_from(
         self, behind: AdamsState, here: Knot, objective: Objective, active: ActiveParameters
     ) -> tuple[Knot, float]:
-        """Where the flow goes on after the fallback, and how much flow time the fallback's last call was short of.
+        """Where the flow goes on after the fallback, and how much flow time its calls were short of, if they were silent.
 
         That is the last accepted point if the objective is still the same, else the point that stands in the parameters.
         """
@@ -275,8 +275,12 @@ class GradientFlow(ClosureOptimizer):
             return Knot(behind.t, behind.theta, loss, gradient), float(self.param_groups[0]["owed"])
         return replace(here, t=behind.t + behind.proposed), 0.0
 
-    def _announce(self, why: NoRecord) -> None:
-        """Say why there is no more than one gradient per call: an error where the record must serve, else a warning."""
+    def _announce(self, why: NoRecord) -> bool:
+        """Say why there is no more than one gradient per call: an error where the record must serve, else a warning.
+
+        Returns:
+            Whether it is said at all: not where the next iterations may show that nothing is amiss.
+        """
         reason = str(why)
         if self._settings.engine == "replay":
             raise ClosureError(
@@ -285,16 +289,26 @@ class GradientFlow(ClosureOptimizer):
         chosen = not self._settings.record or self._settings.engine == "closure"
         # In a loop that ends with zero_grad(), the first iteration has no record; a second one shows that it is another.
         first = not self._loop.zeroed and not self.stats.status
-        if not (chosen or first or why.passing):
+        if first or why.passing:
+            return False
+        if not chosen:
             self._memory.warn_once(
                 f"step() without a closure goes on with one gradient per call (Adams-Bashforth), because {reason}. lr only "
                 "caps the flow time of such a step: see flow_time."
             )
+        return True
 
     def _fall_back(
-        self, reason: str, recording: Recording | None, active: ActiveParameters, problem: FlowProblem, theta: Tensor | None
+        self,
+        reason: str,
+        recording: Recording | None,
+        active: ActiveParameters,
+        problem: FlowProblem,
+        theta: Tensor | None,
+        *,
+        silent: bool = False,
     ) -> Tensor | None:
-        """A step with the one gradient that the loop left in ``.grad``."""
+        """A step with the one gradient that the loop left in ``.grad``; a silent one will be made up for in full."""
         loss = None if recording is None or recording.loss is None else recording.loss.detach()
         behind = None if theta is None else carried.read_multistep(self, active, self._method.n_knots)
         theta = active.layout.flatten(active.tensors) if theta is None else theta
@@ -311,7 +325,8 @@ class GradientFlow(ClosureOptimizer):
         self._initialise_state()
         proposal = state.proposal() * problem.scale
         active.layout.write(proposal, active.tensors)
-        carried.write_multistep(self, active, state, self._method.n_knots, cap - (state.t - t))
+        owed = (float(self.param_groups[0]["owed"]) if behind is not None else 0.0) + cap - (state.t - t) if silent else 0.0
+        carried.write_multistep(self, active, state, self._method.n_knots, owed)
         self._keep_theta(active, proposal)
         self._memory.program = None
         message = f"One gradient per call, because {reason}: the last proposal was {verdict}, t = {state.t:.6g}."
