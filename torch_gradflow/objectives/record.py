@@ -18,6 +18,7 @@ import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -218,6 +219,22 @@ class Recording:
             result: What it returned.
             grad_enabled: Whether autograd was on.
         """
+        try:
+            self._note(func, args, kwargs, operands, versions, result, grad_enabled)
+        except Exception as error:  # a tensor of a kind that we do not know: the user's own pass goes on
+            name = getattr(func, "__name__", "")
+            self.give_up(f"a call of {name} could not be recorded ({type(error).__name__}: {error})")
+
+    def _note(
+        self,
+        func: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        operands: list[Tensor],
+        versions: list[int],
+        result: Any,
+        grad_enabled: bool,
+    ) -> None:
         # This runs for every call of a torch function: what can be asked at once is.
         names, fixed = self._names, False
         slots: list[int | None] = []
@@ -335,7 +352,9 @@ class Recording:
         if self._loop and tensor.requires_grad and tensor.is_leaf:
             original, version, copy = self._copies.get(id(tensor), (None, -1, tensor))
             if original is None or version != version_of(tensor):
-                copy = tensor.detach().clone().requires_grad_()  # the loss may contain its gradient
+                copy = tensor.detach().clone()
+                with suppress(RuntimeError):  # within torch.func's transforms
+                    copy.requires_grad_()  # the loss may contain its gradient
                 self._copies[id(tensor)] = (tensor, version_of(tensor), copy)
             tensor = copy
         if id(tensor) not in self._constants:
