@@ -5,11 +5,14 @@ What is right is told by scipy's DOP853 on gradients that ``torch.autograd.grad`
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import pytest
@@ -1548,3 +1551,92 @@ def test_stranger_12_tied_autoencoder_with_logged_gradient_norms() -> None:
     assert_replayed(optimizer, 4 * LR)
     assert len({entry["total"] for entry in history}) == 4
     assert distance(model, flow_end(start, lambda m: F.mse_loss(m(x), x), 4 * LR)) <= NEAR
+
+
+# What the README and the example say
+
+
+def test_the_loops_of_the_example_differ_in_the_line_of_the_optimizer_only() -> None:
+    """``examples/plain_loop.py``."""
+    source = (Path(__file__).parents[1] / "examples" / "plain_loop.py").read_text()
+    functions = {node.name: node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef)}
+    bodies = [
+        [ast.unparse(part) for part in ast.walk(functions[f"train_with_{name}"]) if isinstance(part, ast.stmt)][2:]
+        for name in ("adam", "gradient_flow")
+    ]
+    different = [pair for pair in zip(*bodies, strict=True) if pair[0] != pair[1]]
+    assert different == [
+        (
+            "optimizer = torch.optim.Adam(model.parameters(), lr=0.01)",
+            "optimizer = GradientFlow(model.parameters(), lr=LR)",
+        )
+    ]
+
+
+def test_error_of_the_fallback_follows_the_tolerance() -> None:
+    """rtol a hundred times smaller: an error some thirty times smaller, as for any method of order 3 (100^(3/4) = 32)."""
+    x, y = data()
+    errors = []
+    for rtol in (1e-4, 1e-6, 1e-8):
+        model = network()
+        optimizer = GradientFlow(model.parameters(), lr=10.0, rtol=rtol, record=False)
+        while optimizer.flow_time < 3.0:
+            optimizer.zero_grad()
+            F.mse_loss(model(x), y).backward()
+            optimizer.step()
+        optimizer.synchronize()
+        assert optimizer.stats.engine == "fallback"
+        errors.append(distance(model, flow_end(network(), mse(x, y), optimizer.flow_time)))
+    assert errors[0] > 10 * errors[1] > 100 * errors[2]
+    assert errors[2] < 1e-6
+
+
+def test_a_step_of_the_fallback_that_is_too_long_is_rejected_and_recovered() -> None:
+    """The loss turns steep in the middle of training: one rejection, and the flow of the new loss from there."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=10.0, record=False)
+
+    def run(n: int, factor: float) -> None:
+        for _ in range(n):
+            optimizer.zero_grad()
+            (factor * F.mse_loss(model(x), y)).backward()
+            optimizer.step()
+
+    run(40, 1.0)
+    middle, copied = copy.deepcopy((model, optimizer))
+    copied.synchronize()
+    t, before = optimizer.flow_time, optimizer.stats.n_rejected
+    run(60, 1e4)
+    optimizer.synchronize()
+    assert optimizer.stats.n_rejected > before
+    lasted = optimizer.flow_time - t
+    assert lasted > 0
+    end = flow_end(middle, lambda m: 1e4 * mse(x, y)(m), lasted)
+    assert distance(model, end) <= 1e-3
+
+
+def test_a_pass_that_cannot_be_recorded_goes_on() -> None:
+    """Arguments of a kind that nobody foresaw: the loop is not disturbed, the reason is named."""
+
+    class Size(NamedTuple):
+        n: int
+        m: int
+
+    class Sealed(Size):
+        def __new__(cls, n: int, m: int) -> Self:
+            if inspect.stack()[1].function == "map_leaves":
+                raise ValueError("not to be copied")
+            return super().__new__(cls, n, m)
+
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+
+    def forward() -> Tensor:
+        out = model(x)
+        return F.mse_loss(out.reshape(Sealed(out.shape[0], 1)), y)
+
+    with named("could not be recorded .ValueError: not to be copied"):
+        passes(optimizer, forward, 5)
+    assert_fell_back(optimizer, "could not be recorded")
