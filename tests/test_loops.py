@@ -361,6 +361,10 @@ def printing(model: nn.Module) -> Callable[[Tensor], Tensor]:
     return forward
 
 
+# Inductor uses what torch deprecates.
+uses_inductor = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+
+
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize(
     "settings",
@@ -368,8 +372,8 @@ def printing(model: nn.Module) -> Callable[[Tensor], Tensor]:
         pytest.param({"backend": "eager"}, id="eager"),
         pytest.param({"backend": "eager", "fullgraph": True}, id="eager, fullgraph"),
         pytest.param({"backend": "aot_eager"}, id="aot_eager"),
-        pytest.param({}, id="inductor", marks=pytest.mark.slow),
-        pytest.param({"fullgraph": True}, id="inductor, fullgraph", marks=pytest.mark.slow),
+        pytest.param({}, id="inductor", marks=[pytest.mark.slow, uses_inductor]),
+        pytest.param({"fullgraph": True}, id="inductor, fullgraph", marks=[pytest.mark.slow, uses_inductor]),
     ],
 )
 def test_compiled_model(settings: dict[str, Any], last: bool) -> None:
@@ -389,7 +393,7 @@ looks_at_grad = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tens
 
 
 @looks_at_grad
-@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.slow, uses_inductor])])
 def test_compiled_model_with_a_graph_break(backend: str, capfd: pytest.CaptureFixture[str]) -> None:
     """Both parts are seen, and what lies between."""
     torch.compiler.reset()
