@@ -1,0 +1,1 @@
+"""Multi-layer perceptrons: their structure, and their derivatives in closed form."""
