@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+# The engines that evaluate what was recorded.
+RECORDED = ("perceptron", "replay")
+
 
 def teacher_student(
     seed: int, *, n_student: int = 8, n_teacher: int = 4, n_inputs: int = 2, n_samples: int = 1000

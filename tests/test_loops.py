@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import flat, make_closure
+from problems import RECORDED, flat, make_closure
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
@@ -90,7 +90,7 @@ def named(reason: str) -> AbstractContextManager[Any]:
 
 def assert_replayed(optimizer: GradientFlow, flow_time: float) -> None:
     """The last step was a replay, and the flow came as far as it should."""
-    assert optimizer.stats.engine == "replay", optimizer.stats.engine_reason
+    assert optimizer.stats.engine in RECORDED, optimizer.stats.engine_reason
     assert optimizer.stats.engine_reason == ""
     assert optimizer.stats.status == "t_end"
     assert optimizer.flow_time == pytest.approx(flow_time, rel=1e-12)
@@ -307,7 +307,7 @@ def test_batches_with_zero_grad_last() -> None:
         passes(optimizer, lambda x=x, y=y: F.mse_loss(model(x), y), 1, last=True)  # type: ignore[misc]
     short = optimizer.flow_time - 3 * LR
     assert 0 < short <= LR
-    assert optimizer.stats.engine == "replay"
+    assert optimizer.stats.engine in RECORDED
     assert distance(model, batch_flows(network(), batches(), [short, LR, LR, LR])) <= NEAR
 
 
@@ -342,7 +342,7 @@ def test_scheduler() -> None:
         passes(optimizer, lambda: F.mse_loss(model(x), y), 1)
         scheduler.step()
     lengths = [LR, LR, LR / 2, LR / 2, LR / 4]
-    assert optimizer.stats.engine == "replay"
+    assert optimizer.stats.engine in RECORDED
     assert distance(model, flow_end(network(), mse(x, y), sum(lengths))) <= NEAR
 
 
@@ -803,7 +803,7 @@ def test_loss_logged_before_backward(last: bool) -> None:
         passes(optimizer, loss, 1, last=last)
         engines.append(optimizer.stats.engine)
     n = 2 if last else 1
-    assert engines == ["fallback"] * n + ["replay"] * (5 - n)
+    assert engines[:n] == ["fallback"] * n and all(engine in RECORDED for engine in engines[n:])
     assert_replayed(optimizer, 5 * LR)
     assert len(set(logged)) == 5
     assert distance(model, flow_end(network(), mse(x, y), 5 * LR)) <= NEAR
@@ -1029,7 +1029,7 @@ def test_dropout() -> None:
     assert_fell_back(optimizer, "dropout")
     assert F.mse_loss(model.eval()(x), y).item() < start
     passes(optimizer, lambda: F.mse_loss(model(x), y), 1)
-    assert optimizer.stats.engine == "replay"
+    assert optimizer.stats.engine in RECORDED
 
 
 def test_data_changed_between_backward_and_step() -> None:
@@ -1223,7 +1223,7 @@ def test_stranger_1_the_quickstart() -> None:
     for _ in range(3):
         train()
         accuracy = test()
-    assert optimizer.stats.engine == "replay"
+    assert optimizer.stats.engine in RECORDED
     assert accuracy > 0.5
     # The first batch has no record and gets a first, short step, whose end the second batch's step starts from.
     assert times[1] == pytest.approx(LR, abs=LR * 0.1)
@@ -1325,7 +1325,7 @@ def test_stranger_4_shuffled_epochs_and_a_schedule() -> None:
             seen.append((xb, yb))
             times.append(float(scheduler.get_last_lr()[0]))
         scheduler.step()
-    assert optimizer.stats.engine == "replay"
+    assert optimizer.stats.engine in RECORDED
     assert times == pytest.approx([LR] * 4 + [LR / 2] * 4 + [LR / 4] * 4)
     assert distance(model, batch_flows(network(), seen, times)) <= NEAR
 
@@ -1356,7 +1356,7 @@ def test_stranger_5_early_stopping() -> None:
     assert distance(model, end) <= NEAR
     # From there once more: a new start of the integrator at the point that was loaded.
     passes(optimizer, lambda: F.mse_loss(model(x), y), 2)
-    assert optimizer.stats.engine == "replay"
+    assert optimizer.stats.engine in RECORDED
     assert distance(model, flow_end(network(), mse(x, y), (best_at + 3) * LR)) <= NEAR
 
 
@@ -1397,7 +1397,7 @@ def test_stranger_7_clip_grad_norm() -> None:
             if optimizer.flow_time > 3.0:
                 break
     assert engines[0] == "fallback"
-    assert engines[-1] == "replay"
+    assert engines[-1] in RECORDED
     optimizer.synchronize()
     twin = network()
     follow(twin.parameters(), clipped(twin, mse(x, y), 0.7), optimizer.flow_time)

@@ -22,9 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torch_gradflow.objectives.base import ClosureError, EvaluationCounts
+from torch_gradflow.objectives.base import ClosureError, EvaluationCounts, Objective
 from torch_gradflow.objectives.contract import ContractReport, added_up, check_contract
-from torch_gradflow.objectives.function import FunctionObjective
 from torch_gradflow.objectives.opened import NOT_A_GRADIENT, Engine, Memory, Opened, try_replay
 from torch_gradflow.objectives.parameters import ParameterLayout
 from torch_gradflow.objectives.program import Program
@@ -92,9 +91,10 @@ def open_closure(
 
     program, reason = (None, "engine='closure' was asked for") if engine == "closure" else _usable(recording, returned)
     resolution = layout.resolution(recording.autocast)
-    replay: FunctionObjective | None = None
+    replay: Objective | None = None
+    tried = None
     if program is not None:
-        tried = try_replay(program, theta, loss, gradient, layout, memory, counts, resolution, unchanged)
+        tried = try_replay(program, theta, loss, gradient, layout, memory, counts, resolution, unchanged, engine)
         replay, reason, loss, unchanged = tried.objective, tried.reason, tried.loss, tried.unchanged
         found = tried.found
         if reason and entry is not None and found is not None and added_up(gradient, entry, found, found, layout):
@@ -107,7 +107,7 @@ def open_closure(
         theta,
         loss,
         gradient,
-        "replay" if replay is not None else "closure",
+        "closure" if tried is None or replay is None else tried.engine,
         reason,
         unchanged,
         parameters,
@@ -121,10 +121,10 @@ def open_closure(
         finally:
             opened.finish(theta)
         memory.checked = True
-    if opened.engine == "replay":
+    if opened.engine != "closure":
         memory.program = program
-    elif engine == "replay":
-        raise ClosureError(f"engine='replay' was asked for, but the record of the closure cannot be used: {opened.reason}.")
+    elif engine in ("replay", "perceptron"):
+        raise ClosureError(f"engine={engine!r} was asked for, but the record of the closure cannot be used: {opened.reason}.")
     else:
         memory.program = None
     return opened

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from torch_gradflow.objectives.base import EvaluationCounts
 from torch_gradflow.objectives.contract import downhill, not_the_slope
-from torch_gradflow.objectives.opened import NOT_A_GRADIENT, Memory, Opened, try_replay
+from torch_gradflow.objectives.opened import NOT_A_GRADIENT, Engine, Memory, Opened, try_replay
 from torch_gradflow.objectives.parameters import ParameterLayout
 from torch_gradflow.objectives.program import Program
 from torch_gradflow.objectives.record import Recording
@@ -62,6 +62,7 @@ def open_loop(
     memory: Memory,
     counts: EvaluationCounts,
     *,
+    engine: Engine = "auto",
     why_not: str = NOT_ZEROED_BEFORE,
     theta: Tensor | None = None,
     expected: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
@@ -74,6 +75,7 @@ def open_loop(
         layout: Their layout; with a wider ``dtype`` than theirs the replay computes in that type.
         memory: What was learnt in earlier steps; updated.
         counts: Where evaluations are counted.
+        engine: "auto", or one that must serve.
         why_not: Why there is no recording, if there is none.
         theta: θ in ``layout.dtype`` where it is known more precisely than the parameters hold it.
         expected: Whether (loss, gradient, θ) at the start are those that an unchanged objective would give.
@@ -95,7 +97,7 @@ def open_loop(
         raise FloatingPointError(f"the loss is {float(loss)}; the parameters were left as they are.")
     unchanged = expected is not None and expected(loss, gradient, theta)
     resolution = layout.resolution(recording.autocast)
-    tried = try_replay(program, theta, loss, gradient, layout, memory, counts, resolution, unchanged)
+    tried = try_replay(program, theta, loss, gradient, layout, memory, counts, resolution, unchanged, engine)
     if tried.objective is None:
         memory.program = None
         raise NoRecord(tried.reason)
@@ -126,7 +128,7 @@ def open_loop(
         theta,
         tried.loss,
         tried.gradient,
-        "replay",
+        tried.engine,
         "",
         tried.unchanged,
         parameters,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -14,9 +14,11 @@ from torch_gradflow.objectives.base import EvaluationCounts, Objective
 from torch_gradflow.objectives.contract import agree
 from torch_gradflow.objectives.function import FunctionObjective, SecondDerivatives
 from torch_gradflow.objectives.parameters import ParameterLayout
+from torch_gradflow.objectives.perceptron import PerceptronObjective
 from torch_gradflow.objectives.program import Program
+from torch_gradflow.objectives.recognition import NotRecognised, recognise
 
-Engine = Literal["auto", "replay", "closure"]
+Engine = Literal["auto", "perceptron", "replay", "closure"]
 NOT_A_GRADIENT = (
     "what backward leaves in .grad is not the gradient of the loss: {}. (A detached or no_grad target, a straight-through "
     "estimator, clipping or a hook?) The flow follows .grad."
@@ -35,6 +37,8 @@ class Memory:
         check: Whether the contract is to be checked on first use.
         checked: Whether it was.
         program: The last program whose replay was confirmed.
+        perceptron: The same on closed-form derivatives, if it was recognised as the loss of a perceptron.
+        no_perceptrons: Structures of programs that look like it, but are not.
         structure: The structure of the program that was replayed last.
         second_derivatives: The confirmed path to second derivatives of programs of that structure.
         not_a_gradient: How the gradients were seen not to be those of the loss, or "".
@@ -47,6 +51,8 @@ class Memory:
     check: bool = True
     checked: bool = False
     program: Program | None = None
+    perceptron: PerceptronObjective | None = None
+    no_perceptrons: set[tuple[Any, ...]] = field(default_factory=set)
     structure: tuple[Any, ...] = ()
     second_derivatives: SecondDerivatives | None = None
     not_a_gradient: str = ""
@@ -72,7 +78,7 @@ class Opened:
         theta: θ at the start.
         loss: L at the start.
         gradient: ∇L at the start, as the user's own backward left it in ``.grad``.
-        engine: Which engine serves, "replay" or "closure".
+        engine: Which engine serves, "perceptron", "replay" or "closure".
         reason: Why the replay does not serve, or "".
         unchanged: Whether loss and gradient at the start are those that were expected.
     """
@@ -131,7 +137,7 @@ class Replay:
     """What came of the attempt to replay a program.
 
     Attributes:
-        objective: The replay, or None where it does not serve.
+        objective: The replay, or the loss of the perceptron as which it was recognised; None where it does not serve.
         reason: Why it does not, or "".
         loss: L at the start; that of the replay where it computes in a wider type.
         gradient: ∇L at the start, likewise.
@@ -139,12 +145,17 @@ class Replay:
         found: The gradient of the replay at the start where it was computed, else None.
     """
 
-    objective: FunctionObjective | None
+    objective: FunctionObjective | PerceptronObjective | None
     reason: str
     loss: Tensor
     gradient: Tensor
     unchanged: bool
     found: Tensor | None = None
+
+    @property
+    def engine(self) -> Engine:
+        """Which engine serves."""
+        return "perceptron" if isinstance(self.objective, PerceptronObjective) else "replay"
 
 
 def try_replay(
@@ -157,8 +168,9 @@ def try_replay(
     counts: EvaluationCounts,
     resolution: float,
     unchanged: bool,
+    engine: Engine = "auto",
 ) -> Replay:
-    """Replay ``program`` if it gives ``loss`` and ``gradient`` at θ.
+    """Replay ``program``, on closed-form derivatives where they are known, if it gives ``loss`` and ``gradient`` at θ.
 
     Where it is the program of the last step, whose replay predicted both (``unchanged``), they need not be computed again.
     """
@@ -169,21 +181,66 @@ def try_replay(
         memory.structure, memory.second_derivatives = program.structure, None
     # Without a program in memory (after a restart) loss and gradient alone have to tell.
     unchanged = unchanged and (memory.program is None or memory.program.same_function_as(program))
-    replay = replayed(program, layout, counts, resolution, memory.second_derivatives)
     wide = any(dtype != layout.dtype for dtype in layout.dtypes)
-    if memory.program is not None and unchanged and not wide:
-        return Replay(replay, "", loss, gradient, unchanged)
+    known = memory.program is not None and unchanged and not wide
+    plain = Replay(None, "", loss, gradient, unchanged)
+    differs = ""
+    if engine != "replay" and program.structure not in memory.no_perceptrons:
+        tried = _try_perceptron(program, theta, plain, layout, memory, counts, known)
+        if tried.objective is not None:
+            return tried
+        if engine == "perceptron":
+            how = tried.reason if tried.found is None else f"as one, it differs: {tried.reason}"
+            return replace(tried, reason=f"it is not recognised as the loss of a multi-layer perceptron: {how}")
+        differs = tried.reason if tried.found is not None else ""
+    memory.perceptron = None
+    replay = replayed(program, layout, counts, resolution, memory.second_derivatives)
+    if known:
+        return replace(plain, objective=replay)
     try:
         found = replay.loss_and_gradient(theta)
     except Exception as error:  # a replay can fail in any way that user code can: that only means it is not used
         text = str(error).splitlines()[0] if str(error) else ""
-        reason = f"its record cannot be replayed ({type(error).__name__}: {text})"
-        return Replay(None, reason, loss, gradient, unchanged)
+        return replace(plain, reason=f"its record cannot be replayed ({type(error).__name__}: {text})")
     reason = _difference(found, (loss, gradient), layout)
     if reason:
-        return Replay(None, reason, loss, gradient, unchanged, found[1])
+        return replace(plain, reason=reason, found=found[1])
+    if differs:
+        memory.no_perceptrons.add(program.structure)
+        memory.warn_once(
+            f"the loss looks like that of a multi-layer perceptron, but as such it differs: {differs}. Closed-form "
+            "derivatives are not used. This should not happen; please report it."
+        )
     # The user's own loss and gradient are those of narrower numbers, at the rounded θ.
-    return Replay(replay, "", *(found if wide else (loss, gradient)), unchanged, found[1])
+    loss, gradient = found if wide else (loss, gradient)
+    return Replay(replay, "", loss, gradient, unchanged, found[1])
+
+
+def _try_perceptron(
+    program: Program,
+    theta: Tensor,
+    plain: Replay,
+    layout: ParameterLayout,
+    memory: Memory,
+    counts: EvaluationCounts,
+    known: bool,
+) -> Replay:
+    """The program on closed-form derivatives, if it is the loss of a perceptron, and these give loss and gradient at θ."""
+    if known and memory.perceptron is not None:
+        return replace(plain, objective=memory.perceptron)
+    try:
+        found = recognise(program, layout)
+    except NotRecognised as why:
+        return replace(plain, reason=str(why))
+    objective = PerceptronObjective.of(found, layout.dtype, counts=counts)
+    wide = any(dtype != layout.dtype for dtype in layout.dtypes)
+    start = objective.loss_and_gradient(theta)
+    reason = _difference(start, (plain.loss, plain.gradient), layout)
+    if reason:
+        return replace(plain, reason=reason, found=start[1])
+    memory.perceptron = objective
+    loss, gradient = start if wide else (plain.loss, plain.gradient)
+    return replace(plain, objective=objective, loss=loss, gradient=gradient, found=start[1])
 
 
 def _difference(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], layout: ParameterLayout) -> str:

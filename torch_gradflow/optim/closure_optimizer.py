@@ -40,13 +40,15 @@ class ObjectiveSettings:
             check_number("max_norm", self.max_norm, least=0.0)
         if self.dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float64, torch.float32 or None, not {self.dtype!r}.")
-        if self.engine not in ("auto", "replay", "closure"):
-            raise ValueError(f"engine must be 'auto', 'replay' or 'closure', not {self.engine!r}.")
+        if self.engine not in ("auto", "perceptron", "replay", "closure"):
+            raise ValueError(f"engine must be 'auto', 'perceptron', 'replay' or 'closure', not {self.engine!r}.")
         for name in ("check", "record"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, not {getattr(self, name)!r}.")
-        if self.engine == "replay" and not self.record:
-            raise ValueError("record=False leaves engine='replay' nothing to replay in a loop without a closure; drop one.")
+        if self.engine in ("perceptron", "replay") and not self.record:
+            raise ValueError(
+                f"record=False leaves engine={self.engine!r} nothing to replay in a loop without a closure; drop one."
+            )
 
 
 @dataclass
@@ -267,6 +269,7 @@ class ClosureOptimizer(Optimizer):
                 active.layout,
                 self._memory,
                 self._counts,
+                engine=self._settings.engine,
                 why_not=self._why_no_recording(),
                 theta=theta,
                 expected=expected,

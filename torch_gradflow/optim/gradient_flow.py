@@ -37,8 +37,9 @@ class FlowStats:
     """What the last step (or ``integrate``) did, and what it cost so far.
 
     Attributes:
-        engine: "replay" (the recorded calls of the closure or of the loop serve all evaluations), "closure" (it is called
-            again) or "fallback" (a loop without a record that serves: one gradient per call, the one in ``.grad``).
+        engine: "perceptron" (what was recorded of the closure or of the loop is the loss of a multi-layer perceptron, whose
+            derivatives are computed in closed form), "replay" (the recorded calls serve all evaluations), "closure" (it is
+            called again) or "fallback" (a loop without a record that serves: one gradient per call, the one in ``.grad``).
         engine_reason: Why the replay does not serve, or "".
         method: The integrator.
         loss: L at the end of the last step where that is known, else at its start.
@@ -105,7 +106,9 @@ class GradientFlow(ClosureOptimizer):
         maximize: Ascend instead of descend. The penalties are minimised all the same.
         dtype: ``torch.float64`` computes in float64 on a float32 model: a master copy of the parameters, the data and all
             evaluations; parameters are rounded once per step.
-        engine: "auto", "replay" (an error where the record cannot be used), or "closure" (never replay).
+        engine: "auto"; "perceptron" (an error, with the reason, where the network is not recognised as a multi-layer
+            perceptron); "replay" (the recorded calls as they are, an error where they cannot be used); "closure" (call it
+            again, always).
         check: Check the closure's contract on the first step, with two more calls of it; of a loop only that its gradients
             are those of the loss, with one more gradient.
         record: Whether ``zero_grad()`` records the forward pass that follows, for ``step()`` without a closure.
@@ -282,9 +285,9 @@ class GradientFlow(ClosureOptimizer):
             Whether it is said at all: not where the next iterations may show that nothing is amiss.
         """
         reason = str(why)
-        if self._settings.engine == "replay":
+        if self._settings.engine in ("perceptron", "replay"):
             raise ClosureError(
-                f"engine='replay' was asked for, but the record of the loop cannot be used: {reason}."
+                f"engine={self._settings.engine!r} was asked for, but the record of the loop cannot be used: {reason}."
             ) from None
         chosen = not self._settings.record or self._settings.engine == "closure"
         # In a loop that ends with zero_grad(), the first iteration has no record; a second one shows that it is another.

@@ -38,7 +38,7 @@ class NewtonPolish(ClosureOptimizer):
         max_norm: c: adds the barrier (w − c)³/3 for w = ‖θ‖²/(2P) > c.
         maximize: Maximise L instead. The penalties are minimised all the same.
         dtype: ``torch.float64`` computes in float64 on a float32 model; parameters are rounded at the end.
-        engine: "auto", "replay" or "closure", see ``GradientFlow``.
+        engine: "auto", "perceptron", "replay" or "closure", see ``GradientFlow``.
         check: Check the closure's contract on the first step, with two more calls of it.
         record: Whether ``zero_grad()`` records the forward pass that follows, for ``step()`` without a closure.
         certificate: Whether to classify the point (two more Hessians).
