@@ -9,6 +9,7 @@ fails: first torch.func, then double backward for a batch of vectors, then doubl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -65,7 +66,10 @@ class FunctionObjective(Objective):
         loss = torch.zeros((), dtype=self.dtype, device=self.device)
         gradient = torch.zeros_like(theta)
         for term in self._terms():
-            value, part = _value_and_gradient(term, theta)
+            try:
+                value, part = _value_and_gradient(term, theta)
+            except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # a factorisation that does not exist at this trial point
+                return loss * math.nan, gradient * math.nan
             loss += value.detach()
             if part is not None:
                 gradient += part

@@ -24,7 +24,8 @@ from torch_gradflow.objectives.trees import version_of
 
 NOT_ZEROED_BEFORE = (
     "optimizer.zero_grad() was not called between the last step and this forward pass, so that nothing was recorded "
-    "(model.zero_grad() does not tell the optimizer; call optimizer.zero_grad() before the forward pass)"
+    "(model.zero_grad() does not tell the optimizer, and nothing is recorded after zero_grad() under no_grad or with all lr "
+    "zero; call optimizer.zero_grad() before the forward pass)"
 )
 
 
@@ -98,9 +99,10 @@ def open_loop(
     unchanged = expected is not None and expected(loss, gradient, theta)
     resolution = layout.resolution(recording.autocast)
     tried = try_replay(program, theta, loss, gradient, layout, memory, counts, resolution, unchanged, engine)
-    if tried.objective is None:
+    reason = tried.reason if tried.objective is None else _changed_by_hand(recording, program, parameters, layout)
+    if tried.objective is None or reason:
         memory.program = None
-        raise NoRecord(tried.reason)
+        raise NoRecord(reason)
     # Two digits cannot tell.
     if memory.check and memory.structure not in memory.behaved and resolution < 1e-4:
         shift = downhill(theta, tried.gradient, layout)
@@ -151,10 +153,43 @@ def _usable(recording: Recording, parameters: Sequence[Tensor], memory: Memory) 
         raise NoRecord("; ".join(recording.doubts))
     if recording.parameter_versions != [version_of(p) for p in parameters]:
         raise NoRecord("the parameters were changed between the forward pass and step(), or others move now than before")
-    if recording.suspicions and not (before is not None and _ran_the_same(program, before)):
-        advice = "; do so after backward(), or within optimizer.recording_paused()"
+    advice = "; do so after backward(), or within optimizer.recording_paused()"
+    if program.follows_reading:
+        raise NoRecord("; ".join(recording.readings) + ", and uses tensors that were made after that" + advice)
+    trusted, memory.trusting = memory.trusting, bool(recording.suspicions) or recording.reads_fixed
+    if memory.trusting and before is not None and not _ran_the_same(program, before):
+        if trusted:
+            memory.warn_once(
+                "numbers that the loss uses, or decisions that it takes, changed from one pass to the next, while numbers are "
+                "read out of tensors that depend on the parameters. Within a step they were held fixed, and may not have been "
+                "meant so. Compute them by torch functions, or read numbers after backward()."
+            )
+        memory.reads_matter = memory.reads_matter or bool(recording.suspicions)
+    if recording.suspicions and (before is None or memory.reads_matter):
+        memory.trusting = False
         raise NoRecord("; ".join(recording.suspicions) + advice, passing=before is None)
     return program
+
+
+def _changed_by_hand(recording: Recording, program: Program, parameters: Sequence[Tensor], layout: ParameterLayout) -> str:
+    """How gradients that were written to after ``backward`` differ from what it left, or "".
+
+    The comparison that every step makes cannot see what is small beside the largest component; this one is by tensor, with
+    the same computation in the same types.
+    """
+    if not recording.gradients_were_changed():
+        return ""
+    with torch.enable_grad():
+        values = [p.detach().requires_grad_(True) for p in parameters]
+        found = torch.autograd.grad(program.evaluate(values), values, allow_unused=True)
+    tolerance = 1e3 * layout.resolution(recording.autocast)
+    for parameter, gradient in zip(parameters, found, strict=True):
+        zero = torch.zeros_like(parameter)
+        left = zero if parameter.grad is None else parameter.grad.to_dense()
+        own = zero if gradient is None else gradient.to_dense()
+        if bool((left - own).abs().max() > tolerance * own.abs().max()):
+            return "gradients were changed after backward (by clipping, masking, a decay that was added, or the like)"
+    return ""
 
 
 def _ran_the_same(program: Program, before: Program) -> bool:

@@ -45,6 +45,8 @@ class Memory:
         distrusted: Structures of programs that were seen not to be the closure, each with the reason.
         behaved: Structures of programs whose gradients were seen to be those of the loss.
         previous: What a loop's last record held, whether it served or not.
+        trusting: Whether the last step took a number that was read out of a tensor as one that is only logged.
+        reads_matter: Whether such a number was seen to enter the loss.
         said: Warnings already given.
     """
 
@@ -59,6 +61,8 @@ class Memory:
     distrusted: dict[tuple[Any, ...], str] = field(default_factory=dict)
     behaved: set[tuple[Any, ...]] = field(default_factory=set)
     previous: Program | None = None
+    trusting: bool = False
+    reads_matter: bool = False
     said: set[str] = field(default_factory=set)
 
     def warn_once(self, message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -95,7 +96,7 @@ def check_parameters(parameters: Sequence[Tensor]) -> None:
 
     Raises:
         TypeError: For complex, integer, sparse, sharded (DTensor) or flattened (FSDP) parameters.
-        ValueError: For parameters that lie on more than one device.
+        ValueError: For parameters that lie on more than one device, or in the same memory.
     """
     for i, p in enumerate(parameters):
         kinds = {cls.__name__ for cls in type(p).__mro__}
@@ -117,3 +118,24 @@ def check_parameters(parameters: Sequence[Tensor]) -> None:
     if len(devices) > 1:
         names = ", ".join(sorted(map(str, devices)))
         raise ValueError(f"params lie on several devices ({names}); move the model to one device.")
+    check_memory_apart(parameters)
+
+
+def check_memory_apart(parameters: Sequence[Tensor]) -> None:
+    """Refuse parameters that share memory: θ would hold the same numbers twice.
+
+    Raises:
+        ValueError: Naming two of them.
+    """
+    spans = []
+    for i, p in enumerate(parameters):
+        reach = sum((n - 1) * stride for n, stride in zip(p.shape, p.stride(), strict=True)) + 1
+        if p.numel() and p.data_ptr():
+            spans.append((p.data_ptr(), p.data_ptr() + reach * p.element_size(), i))
+    spans.sort()
+    for (_, end, i), (begin, _, j) in pairwise(spans):
+        if begin < end:
+            raise ValueError(
+                f"params[{i}] and params[{j}] share memory (one was made from the other, as by nn.Parameter(w.t())): they "
+                "would flow as two. Tie weights by using one nn.Parameter in both places, transposed in the forward pass."
+            )

@@ -27,8 +27,9 @@ class Call(NamedTuple):
     A call whose ``obstacle`` is not "" cannot be replayed, for the reason that it gives; it stands for a value that the
     loss must not need.
 
-    ``args`` and ``kwargs`` hold slots, constant tensors and plain values; ``outputs`` names the tensors of the result in
-    the order of ``tensors_in``; ``autocast`` is the type to which autocast casts, or None where it is off.
+    ``args`` and ``kwargs`` hold slots, constant tensors and plain values; ``inputs`` are the slots among them; ``outputs``
+    names the tensors of the result in the order of ``tensors_in``; ``autocast`` is the type to which autocast casts, or None
+    where it is off.
     """
 
     function: Callable[..., Any]
@@ -38,6 +39,7 @@ class Call(NamedTuple):
     grad_enabled: bool
     autocast: torch.dtype | None
     in_place: bool
+    inputs: tuple[int, ...]
     obstacle: str = ""
 
     def same_as(self, other: Call) -> bool:
@@ -64,6 +66,8 @@ class Program:
         losses: The tensors whose (weighted) sum is L.
         constants: Tensors that do not depend on the parameters, each with its version counter when it was used.
         device_type: For autocast.
+        follows_reading: Whether tensors are among the constants that were made after a number had been read out of a tensor
+            that depends on the parameters, so that they may stem from it.
         holds_fixed: Whether values that were computed from the parameters under ``no_grad`` are among the constants.
     """
 
@@ -73,6 +77,7 @@ class Program:
     losses: tuple[RecordedLoss, ...]
     constants: tuple[tuple[Tensor, int], ...]
     device_type: str
+    follows_reading: bool = False
     holds_fixed: bool = False
 
     def evaluate(self, values: Sequence[Tensor]) -> Tensor:
@@ -129,7 +134,7 @@ class Program:
 
     def same_function_as(self, other: Program) -> bool:
         """Whether both are the same calls on equal constants, none of which was written to since."""
-        if len(self.calls) != len(other.calls) or self.losses != other.losses or self.n_inputs != other.n_inputs:
+        if len(self.calls) != len(other.calls) or not same(self.losses, other.losses) or self.n_inputs != other.n_inputs:
             return False
         if self.changed_constants() or other.changed_constants():
             return False

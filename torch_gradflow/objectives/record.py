@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from torch_gradflow.objectives.program import Call, Program, RecordedLoss, Slot
-from torch_gradflow.objectives.trees import leaves_in, map_leaves, storage_of, tensors_in, version_of
+from torch_gradflow.objectives.trees import map_leaves, storage_of, tensors_in, version_of
 
 # Reading a number or a truth value out of a tensor: what Python does with it cannot be replayed.
 _READS = frozenset({"item", "__float__", "__int__", "__index__", "__complex__", "tolist", "numpy", "__array__", "__dlpack__"})
@@ -40,6 +40,7 @@ _RANDOM = frozenset(
         *("scaled_dot_product_attention", "multi_head_attention_forward"),
     }
 )
+_READING = tuple(getattr(Tensor, name) for name in sorted(_READS | {"__bool__", "is_nonzero"}) if hasattr(Tensor, name))
 # Of these, those that read many numbers at once.
 _WHOLE = frozenset({"tolist", "numpy", "__array__", "__dlpack__"})
 # Functions that normalise with batch statistics, with the argument that says whether they do.
@@ -54,8 +55,12 @@ _SHAPED_BY_VALUES = frozenset(
 _BOOKKEEPING = frozenset({"requires_grad_", "retain_grad"})
 _GRAD_GETTER = torch.Tensor.grad.__get__  # type: ignore[union-attr]  # the stubs know not that it is a descriptor
 _DATA_SETTER = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-# Names of values that are not replayed: made while recording, without the parameters; or from them, under no_grad.
-_OTHER, _FIXED = -1, -2
+_DATA_GETTER = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+# Names of values that are not replayed: made while recording, without the parameters; or from them, under no_grad; or
+# without them, but after a number had been read out of something that depends on them.
+_OTHER, _FIXED, _AFTER_READING = -1, -2, -3
+# Nodes of an autograd graph that are searched for the parameters.
+_MOST_NODES = 100_000
 # What a recording may hold beyond what is alive before it looks for what can go.
 _SPARE_CALLS, _SPARE_BYTES = 256, 64 * 2**20
 # A forward pass of more calls than this is not recorded to its end.
@@ -98,6 +103,7 @@ class Recording:
         autocast: The type to which autocast cast, or None where it was off.
         parameter_versions: The parameters' version counters at the last ``backward``.
         normalises: Whether a normalisation used the statistics of the batch.
+        reads_fixed: Whether a number was read under ``no_grad``.
         custom_function: Whether ``backward`` was called on a loss behind a custom autograd Function, which hides what it
             was computed from.
         paused: Calls are not told while it is set.
@@ -113,6 +119,7 @@ class Recording:
         self.parameter_versions: list[int] = []
         self.normalises = False
         self.custom_function = False
+        self.reads_fixed = False
         self.paused = False
         self.n_calls = 0
         self.seconds = 0.0
@@ -133,6 +140,11 @@ class Recording:
         self._own_storage = {storage_of(p) for p in parameters}
         self._remarks: list[Remark] = []
         self._n_at_backward = 0
+        self._has_read = False
+        # What the last backward left in .grad: the tensors and their version counters; whether they were changed before it.
+        self._left: list[tuple[int, int]] = []
+        self._changed = False
+        self._after_reading: set[int] = set()
         self._most_calls, self._most_bytes, self._n_bytes = _SPARE_CALLS, _SPARE_BYTES, 0
         for parameter in parameters:
             self._name(parameter, self._new_slot(linked=True))
@@ -163,6 +175,10 @@ class Recording:
         own = {part_of[loss.slot] for loss in self._losses}
         return [r for r in remarks if r.slot is None or part_of[r.slot] in own]
 
+    def gradients_were_changed(self) -> bool:
+        """Whether something wrote to ``.grad`` since the recorded calls of ``backward``, or between them."""
+        return self._changed or (bool(self._left) and self._left != _versions_of_gradients(self._parameters))
+
     @property
     def doubts(self) -> list[str]:
         """Reasons, in words, why the record may not be the function it looks like."""
@@ -173,10 +189,16 @@ class Recording:
         """Readings of numbers and decisions by value in a loop: harmless where they do not enter the loss."""
         return list(dict.fromkeys(r.reason for r in self._relevant() if self._loop and r.passing))
 
+    @property
+    def readings(self) -> list[str]:
+        """The same, also of what has nothing to do with the recorded losses."""
+        return list(dict.fromkeys(r.reason for r in self._remarks if r.passing))
+
     def give_up(self, reason: str) -> None:
         """Keep nothing any more."""
         self.paused = True
         self._calls, self._losses, self._constants, self._copies = [], [], {}, {}
+        self._n_at_backward = 0
         self._remarks = [Remark(reason, -1, None, False)]
 
     def note_backward(self, loss: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) -> None:
@@ -188,8 +210,12 @@ class Recording:
             # Made under no_grad, yet with a gradient: the forward pass of a custom Function.
             self.custom_function = self.custom_function or (slot == _FIXED and loss.requires_grad)
             return
-        self._n_at_backward = len(self._calls)
-        self.parameter_versions = [version_of(p) for p in self._parameters]
+        versions = [version_of(p) for p in self._parameters]
+        if self._losses and versions != self.parameter_versions:
+            self.give_up("the parameters were changed between two calls of backward")
+            return
+        self._changed = self.gradients_were_changed()
+        self._n_at_backward, self.parameter_versions = len(self._calls), versions
         value = loss.detach() if gradient is None else (loss.detach() * gradient).sum()
         self.loss = value.clone() if self.loss is None else self.loss + value
         if slot is None or slot < 0:
@@ -197,6 +223,14 @@ class Recording:
             self._remarks.insert(0, Remark(reason, self.n_backward - 1, None, False))
             return
         self._losses.append(RecordedLoss(slot, None if gradient is None else gradient.detach().clone()))
+
+    def note_compiled_reading(self, name: str) -> None:
+        """A number was read in compiled code; of what is not known."""
+        self._remark(f"it reads a number out of a tensor in compiled code ({name.strip('_')})")
+
+    def note_backward_done(self) -> None:
+        """The same after it ran."""
+        self._left = _versions_of_gradients(self._parameters) if self._losses else []
 
     def note(
         self,
@@ -236,6 +270,9 @@ class Recording:
         grad_enabled: bool,
     ) -> None:
         # This runs for every call of a torch function: what can be asked at once is.
+        changed = [version_of(t) for t in operands] != versions
+        if changed and self._loop and self._wrote_to_parameters(operands, versions):
+            return
         names, fixed = self._names, False
         slots: list[int | None] = []
         template: dict[int, int] = {}
@@ -249,15 +286,15 @@ class Recording:
                 fixed = fixed or slot == _FIXED
         depends = bool(template) and func != _GRAD_GETTER
         if self._loop and not depends:
-            if fixed:
-                self._fix(tensors_in(result))
+            if fixed or self._has_read:
+                self._note_made_apart(func, operands, versions, result, fixed)
             return
         name = getattr(func, "__name__", "")
         if name in _BOOKKEEPING:
             return
         results = [result] if isinstance(result, Tensor) else tensors_in(result)
         written: list[tuple[Tensor, int | None]] = []
-        if [version_of(t) for t in operands] != versions:
+        if changed:
             written = [(t, s) for t, s, v in zip(operands, slots, versions, strict=True) if version_of(t) != v]
         if func == _DATA_SETTER and slots[0] is not None and slots[0] >= 0:
             self._remark("it assigns to .data of a tensor that depends on the parameters")
@@ -276,12 +313,15 @@ class Recording:
                 if self._slot(tensor) is None:
                     self._name(tensor, _OTHER)
             return
-        if (name in _READS or name in _DECISIONS) and (grad_enabled or not self._loop):
-            self._note_reading(name, next(iter(template.values())))
+        if name in _READS or name in _DECISIONS:
+            if self._loop and not grad_enabled:
+                self.reads_fixed = True
+            else:
+                self._note_reading(name, next(iter(template.values())))
         if not results and not written:
             return
         if written and any(storage_of(tensor) in self._own_storage for tensor, _ in written):
-            self._note_parameter_write()
+            self._remark("it writes to a parameter in place")
         if self._loop and not grad_enabled and not written:
             self._fix(results)
             return
@@ -296,7 +336,23 @@ class Recording:
         if self._loop and (len(self._calls) > self._most_calls or self._n_bytes > self._most_bytes):
             self._forget_the_dead()
 
+    def _note_made_apart(
+        self, func: Callable[..., Any], operands: list[Tensor], versions: list[int], result: Any, fixed: bool
+    ) -> None:
+        """A call without the parameters, of values that were computed from them, or after a number was read."""
+        if fixed and getattr(func, "__name__", "") in (_READS | _DECISIONS):
+            self.reads_fixed = True
+        if fixed:
+            self._fix(tensors_in(result))
+            return
+        written = [t for t, v in zip(operands, versions, strict=True) if version_of(t) != v]
+        for tensor in (*tensors_in(result), *written):
+            if self._slot(tensor) is None:
+                self._name(tensor, _AFTER_READING)
+
     def _note_reading(self, name: str, slot: int) -> None:
+        # After a backward it is most likely its loss that is logged.
+        self._has_read = self._has_read or self.n_backward == 0
         if name in _DECISIONS:
             self._remark(f"it decides by the value of a tensor ({name})", slot, passing=True)
             return
@@ -343,6 +399,7 @@ class Recording:
                 grad_enabled=grad_enabled,
                 autocast=autocast,
                 in_place=in_place,
+                inputs=tuple(template.values()),
             )
         )
         self.n_calls += 1
@@ -360,8 +417,11 @@ class Recording:
         if id(tensor) not in self._constants:
             self._constants[id(tensor)] = (tensor, version_of(tensor))
             self._n_bytes += tensor.nbytes if tensor.layout == torch.strided else 0
-            if self._slot(tensor) == _FIXED:
+            name = self._slot(tensor)
+            if name == _FIXED:
                 self._fixed.add(id(tensor))
+            elif name == _AFTER_READING:
+                self._after_reading.add(id(tensor))
         return tensor
 
     def _fix(self, results: list[Tensor]) -> None:
@@ -369,11 +429,15 @@ class Recording:
             if self._slot(tensor) is None:
                 self._name(tensor, _FIXED)
 
-    def _note_parameter_write(self) -> None:
-        if self._loop:
-            self._forget_the_dead()  # a write before the forward pass does not matter
-        if not self._loop or self._calls:
-            self._remark("it writes to a parameter in place")
+    def _wrote_to_parameters(self, operands: list[Tensor], versions: list[int]) -> bool:
+        """Whether a call in a loop wrote to parameters; then what was computed from them before is of no use."""
+        written = [t for t, v in zip(operands, versions, strict=True) if version_of(t) != v]
+        if all(storage_of(t) not in self._own_storage for t in written):
+            return False
+        self._forget_the_dead()  # a write before the forward pass does not matter
+        if any(call.function != _DATA_GETTER for call in self._calls):
+            self.give_up("the parameters are written to in place after something was computed from them")
+        return True
 
     def _note_outside_writes(self, written: Iterable[tuple[Tensor, int | None]]) -> None:
         for tensor, slot in written:
@@ -390,7 +454,7 @@ class Recording:
         slots = tuple(self._new_slot(linked=True) for _ in tensors)
         for tensor, slot in zip(tensors, slots, strict=True):
             self._name(tensor, slot)
-        self._calls.append(Call(torch.Tensor.copy_, (), {}, slots, True, None, False, obstacle))
+        self._calls.append(Call(torch.Tensor.copy_, (), {}, slots, True, None, False, (), obstacle))
 
     def _forget_the_dead(self) -> None:
         """Drop the calls from which no living tensor and no recorded loss was computed."""
@@ -399,6 +463,10 @@ class Recording:
         alive = {part_of[slot] for _, slot in self._names.values() if slot >= n_parameters}
         alive.update(part_of[loss.slot] for loss in self._losses)
         kept = [call for call in self._calls if any(part_of[slot] in alive for slot in call.outputs)]
+        self._most_calls = 2 * len(kept) + _SPARE_CALLS
+        if len(kept) == len(self._calls) and len(kept) <= MAX_CALLS:
+            self._most_bytes = 2 * self._n_bytes + _SPARE_BYTES
+            return
         before = self._calls[: self._n_at_backward]
         self._n_at_backward = sum(any(part_of[slot] in alive for slot in call.outputs) for call in before)
         used = {id(t) for call in kept for t in tensors_in((call.args, call.kwargs))}
@@ -407,8 +475,8 @@ class Recording:
         self._constants = {key: entry for key, entry in self._constants.items() if key in used}
         self._copies = {key: entry for key, entry in self._copies.items() if id(entry[2]) in used}
         self._fixed &= used
+        self._after_reading &= used
         self._n_bytes = sum(t.nbytes for t, _ in self._constants.values() if t.layout == torch.strided)
-        self._most_calls = 2 * len(kept) + _SPARE_CALLS
         self._most_bytes = 2 * self._n_bytes + _SPARE_BYTES
         if len(kept) > MAX_CALLS:
             self.give_up(f"the forward pass makes more than {MAX_CALLS:,} calls of torch functions")
@@ -425,6 +493,12 @@ class Recording:
         self._linked = [linked for slot, linked in enumerate(self._linked) if slot in new]
         self._slots = self._slots[:n]
         return [_with_slots(call, new) for call in kept]
+
+    def _comes_from_parameters(self, constant: Tensor) -> bool:
+        """Whether a gradient flows from what is taken as a constant to the parameters."""
+        if not constant.requires_grad or constant.is_leaf:
+            return False
+        return self._slot(constant) == _FIXED or _reaches(constant, self._parameters)
 
     def program(self, returned: Any = None) -> Program | None:
         """What was recorded, pruned to what L needs; None where no loss was seen.
@@ -462,8 +536,14 @@ class Recording:
             losses=tuple(losses),
             constants=constants,
             device_type=self._device_type,
+            follows_reading=bool(self._after_reading & used),
             holds_fixed=bool(self._fixed & used),
         )
+        if any(self._comes_from_parameters(tensor) for tensor, _ in constants):
+            obstacles.append(
+                "something was computed from the parameters that is not seen (by a custom autograd Function, a scripted or "
+                "traced module, a backward hook, another thread, or before zero_grad())"
+            )
         if program.changed_constants():
             obstacles.append("a tensor that it uses was written to in place afterwards")
         for reason in obstacles:
@@ -493,9 +573,13 @@ class _Traced:
 
 
 class _Chain:
-    """The calls of compiled code, from the last one; what compiled code changes is this, not the mode itself."""
+    """The calls of compiled code, from the last one; what compiled code changes is this, not the mode itself.
+
+    It ends, broken, where a number is read.
+    """
 
     def __init__(self) -> None:
+        self.broken = False
         self.last = _Traced(None, torch.Tensor.backward, (), {}, None, False)
 
 
@@ -538,17 +622,24 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if torch.compiler.is_compiling():
+            if func in _READING:
+                # What is computed from a number that was read cannot come out of compiled code (torch 2.13 then fails).
+                if self.listening and not self._traced.broken:
+                    self._traced.last = _Traced(self._traced.last, func, (), {}, None, torch.is_grad_enabled())
+                self._traced.broken = True
+                return func(*args, **kwargs)
             result = func(*args, **kwargs)
-            if self.listening:
+            if self.listening and not self._traced.broken:
                 self._traced.last = _Traced(self._traced.last, func, args, kwargs, result, torch.is_grad_enabled())
             return result
         recordings = self._listeners() if self.listening else ()
-        if not self._traced.last.told:
+        if self._traced.broken or not self._traced.last.told:
             self.tell_what_was_traced()
         if not recordings:
             return func(*args, **kwargs)
         began = time.perf_counter()
-        if func is torch.Tensor.backward:
+        backward = func is torch.Tensor.backward
+        if backward:
             for recording in recordings:
                 recording.note_backward(*args, **kwargs)
         operands = tensors_in((args, kwargs))
@@ -563,7 +654,9 @@ class Recorder(TorchFunctionMode):
         came_back = time.perf_counter()
         grad_enabled = torch.is_grad_enabled()
         for recording in recordings:
-            if func is not torch.Tensor.backward:
+            if backward:
+                recording.note_backward_done()
+            else:
                 recording.note(func, args, kwargs, operands, versions, result, grad_enabled)
             recording.seconds += (time.perf_counter() - came_back + called - began) / len(recordings)
         return result
@@ -575,6 +668,7 @@ class Recorder(TorchFunctionMode):
 
     def tell_what_was_traced(self) -> None:
         """Tell of what compiled functions computed since the last call."""
+        self._traced.broken = False
         traced, call = [], self._traced.last
         while not call.told:
             traced.append(call)
@@ -593,6 +687,9 @@ class Recorder(TorchFunctionMode):
             for recording in self._listeners():
                 if func is torch.Tensor.backward:
                     recording.note_backward(*args, **kwargs)
+                    recording.note_backward_done()
+                elif func in _READING:
+                    recording.note_compiled_reading(name)
                 else:
                     recording.note(func, args, kwargs, operands, versions, result, grad_enabled)
 
@@ -610,7 +707,8 @@ def _with_slots(call: Call, new: Mapping[int, int]) -> Call:
         return Slot(new[value.index]) if isinstance(value, Slot) else value
 
     args, kwargs = map_leaves(leaf, call.args), map_leaves(leaf, call.kwargs)
-    return call._replace(args=args, kwargs=kwargs, outputs=tuple(new[slot] for slot in call.outputs))
+    inputs, outputs = (tuple(new[slot] for slot in slots) for slots in (call.inputs, call.outputs))
+    return call._replace(args=args, kwargs=kwargs, inputs=inputs, outputs=outputs)
 
 
 def _parts(calls: Sequence[Call], n_slots: int, n_parameters: int) -> list[int]:
@@ -628,8 +726,7 @@ def _parts(calls: Sequence[Call], n_slots: int, n_parameters: int) -> list[int]:
         return slot
 
     for call in calls:
-        inputs = [leaf.index for leaf in leaves_in((call.args, call.kwargs)) if isinstance(leaf, Slot)]
-        together = [slot for slot in (*call.outputs, *inputs) if slot >= n_parameters]
+        together = [slot for slot in (*call.outputs, *call.inputs) if slot >= n_parameters]
         for slot in together[1:]:
             part_of[root(slot)] = root(together[0])
     return [root(slot) for slot in range(n_slots)]
@@ -642,8 +739,30 @@ def _needed(calls: Sequence[Call], losses: Sequence[RecordedLoss]) -> list[Call]
     for call in reversed(calls):
         if needed.intersection(call.outputs):
             kept.append(call)
-            needed.update(leaf.index for leaf in leaves_in((call.args, call.kwargs)) if isinstance(leaf, Slot))
+            needed.update(call.inputs)
     return kept[::-1]
+
+
+def _versions_of_gradients(parameters: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Which tensors stand in ``.grad``, and how often they were written to."""
+    gradients = [p.grad for p in parameters]
+    return [(0, 0) if g is None else (id(g), version_of(g)) for g in gradients]
+
+
+def _reaches(tensor: Tensor, parameters: Sequence[Tensor]) -> bool:
+    """Whether a backward pass from ``tensor`` would reach one of ``parameters``."""
+    pending, seen = [tensor.grad_fn], {tensor.grad_fn}
+    while pending and len(seen) < _MOST_NODES:
+        node = pending.pop()
+        if node is None:
+            continue
+        leaf = getattr(node, "variable", None)
+        if leaf is not None and any(leaf is p for p in parameters):
+            return True
+        following = {n for n, _ in node.next_functions} - seen
+        seen |= following
+        pending.extend(following)
+    return False
 
 
 def _is_shaped_by_values(name: str, operands: list[Tensor], slots: list[int | None]) -> bool:

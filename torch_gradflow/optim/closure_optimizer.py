@@ -17,7 +17,7 @@ from torch_gradflow.objectives.base import EvaluationCounts
 from torch_gradflow.objectives.closure import NoClosure, open_closure
 from torch_gradflow.objectives.loop import NOT_ZEROED_BEFORE, open_loop
 from torch_gradflow.objectives.opened import Engine, Memory, Opened
-from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters, working_dtype
+from torch_gradflow.objectives.parameters import ParameterLayout, check_memory_apart, check_parameters, working_dtype
 from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.regularized import Penalties
 from torch_gradflow.objectives.tape import tape
@@ -160,6 +160,7 @@ class ClosureOptimizer(Optimizer):
         if not pairs:
             return None
         tensors = [p for p, _ in pairs]
+        check_memory_apart(tensors)
         return ActiveParameters(tensors, [g for _, g in pairs], ParameterLayout.of(tensors, self._working_dtype()))
 
     def _working_dtype(self) -> torch.dtype:
