@@ -9,7 +9,9 @@ import ast
 import copy
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -1644,3 +1646,226 @@ def test_a_pass_that_cannot_be_recorded_goes_on() -> None:
     with named("could not be recorded .ValueError: not to be copied"):
         passes(optimizer, forward, 5)
     assert_fell_back(optimizer, "could not be recorded")
+
+
+# What a review found to be wrong in silence
+
+
+def numbers_as_weights(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Sample weights made from numbers that were read out of the residuals."""
+    errors = F.mse_loss(model(x), y, reduction="none")[:, 0]
+    weights = torch.tensor([e.item() for e in errors.detach()], dtype=x.dtype)
+    return (weights * errors).sum() / weights.sum()
+
+
+def hard_examples(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Trains on the samples with the largest errors, found by sorting numbers."""
+    errors = F.mse_loss(model(x), y, reduction="none")[:, 0]
+    worst = sorted(range(len(x)), key=lambda i: -errors[i].item())[:4]
+    return F.mse_loss(model(x[worst]), y[worst])
+
+
+@pytest.mark.parametrize("loss", [numbers_as_weights, hard_examples])
+def test_tensors_made_of_numbers_that_were_read(loss: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> None:
+    """They would be constants that are none: named, at every step."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with pytest.warns(GradientFlowWarning, match="reads a number"):
+        passes(optimizer, lambda: loss(model, x, y), 4)
+    assert optimizer.stats.engine == "fallback" and optimizer.stats.n_accepted <= 4
+
+
+@pytest.mark.parametrize("where", ["no_grad", "grad"])
+def test_a_decision_that_changes_is_told_at_the_next_pass(where: str) -> None:
+    """It came out equal in two passes, and changed within the step that trusted it."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=0.02)
+    start = F.mse_loss(model(x), y).item()
+
+    def loss() -> Tensor:
+        value = F.mse_loss(model(x), y)
+        with torch.no_grad() if where == "no_grad" else nullcontext():
+            large = bool(value > 0.8 * start)
+        return value if large else 0.1 * value
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", GradientFlowWarning)
+        passes(optimizer, loss, 100)
+    assert "changed from one pass to the next" in str(caught[0].message)
+    # Numbers that autograd might have followed are never trusted again; those under no_grad are fixed on purpose.
+    assert optimizer.stats.engine in (RECORDED if where == "no_grad" else ("fallback",))
+
+
+def test_parameters_that_share_memory_are_refused() -> None:
+    """A way to tie weights that would make two parameters of the same numbers; also after the optimizer was made."""
+    model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 3, bias=False)).double()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    x, _ = data()
+    model[1].weight.data = model[0].weight.data.t()
+    optimizer.zero_grad()
+    F.mse_loss(model(x), x).backward()
+    before = flat(model)
+    with pytest.raises(ValueError, match="share memory"):
+        optimizer.step()
+    assert torch.equal(before, flat(model))
+    with pytest.raises(ValueError, match="share memory"):
+        GradientFlow(model.parameters(), lr=LR)
+    views = [nn.Parameter(part) for part in torch.zeros(6).split(2)]
+    GradientFlow(views, lr=LR)
+
+
+@pytest.mark.parametrize("what", ["masked", "decayed", "clipped, out of reach"])
+def test_small_gradients_that_were_changed_after_backward(what: str) -> None:
+    """Far below the largest component, and in float32; what changes nothing is no reason."""
+    torch.manual_seed(0)
+    x, y = data(dtype=torch.float32)
+    model = network(dtype=torch.float32)
+    with torch.no_grad():
+        model[2].weight.mul_(1e-5)
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    optimizer.zero_grad()
+    F.mse_loss(model(x), y).backward()
+    if what == "masked":
+        for p in model[0].parameters():
+            p.grad.zero_()
+    elif what == "decayed":
+        for p in model[2].parameters():
+            p.grad.add_(p.detach(), alpha=1e-3)
+    else:
+        clip_grad_norm_(model.parameters(), 1e6)
+    with nullcontext() if "reach" in what else named("changed after backward"):
+        optimizer.step()
+    assert optimizer.stats.engine in (RECORDED if "reach" in what else ("fallback",))
+
+
+class Branch(nn.Module):
+    """A network with a branch that starts with the factor zero, so that its gradient says nothing of what is in it."""
+
+    def __init__(self, inner: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 1)
+        self.factor = nn.Parameter(torch.zeros(()))
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        out: Tensor = self.second(h + self.factor * self.inner(h))
+        return out
+
+
+def through_numpy(h: Tensor) -> Tensor:
+    """A function with a gradient that is not made of torch functions."""
+
+    class Sine(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, h: Tensor) -> Tensor:
+            ctx.save_for_backward(h)
+            return torch.from_numpy(np.sin(h.detach().numpy()))
+
+        @staticmethod
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient * torch.cos(ctx.saved_tensors[0])
+
+    found: Tensor = Sine.apply(h)  # type: ignore[no-untyped-call]
+    return found
+
+
+def in_another_thread(h: Tensor) -> Tensor:
+    """The same from a pool."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(torch.sin, h).result()
+
+
+@pytest.mark.parametrize("inner", [through_numpy, in_another_thread])
+def test_hidden_branches_whose_gradient_is_zero(inner: Callable[[Tensor], Tensor]) -> None:
+    """The comparison at the start cannot see them; what is not seen is noticed by the graph."""
+    x, y = data()
+    torch.manual_seed(0)
+    model = Branch(inner).double()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with named("that is not seen"):
+        passes(optimizer, lambda: F.mse_loss(model(x), y), 2)
+    assert_fell_back(optimizer, "that is not seen")
+
+
+def test_backward_of_a_vector() -> None:
+    """``backward(gradient=...)`` of more than one element, again and again."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    for _ in range(3):
+        optimizer.zero_grad()
+        losses = (model(x) - y).square().flatten()
+        losses.backward(torch.full_like(losses, 1 / len(losses)))  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert_replayed(optimizer, 3 * LR)
+    assert distance(model, flow_end(network(), mse(x, y), 3 * LR)) <= NEAR
+
+
+def test_a_number_read_in_compiled_code() -> None:
+    """Goes on, by name."""
+    torch.compiler.reset()
+    x, y = data()
+    model = network()
+    compiled = torch.compile(lambda a: a * min(2.0, a.item() + 1), backend="eager")
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    with named("in compiled code"):
+        passes(optimizer, lambda: compiled(F.mse_loss(model(x), y)), 3)
+    assert_fell_back(optimizer, "in compiled code")
+
+
+def test_a_factorisation_that_fails_at_a_trial_point() -> None:
+    """The step is tried again, shorter; the covariance that has none is never reached."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 20, dtype=torch.float64)
+    covariance = nn.Parameter(torch.eye(3, dtype=torch.float64) * 0.05)
+    optimizer = GradientFlow([covariance], lr=1e-3)
+
+    def loss() -> Tensor:
+        factor = torch.linalg.cholesky(covariance)
+        white = torch.linalg.solve_triangular(factor, x, upper=False)
+        return 0.5 * white.square().mean(1).sum() + factor.diagonal().log().sum()
+
+    values = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        optimizer.step()
+        values.append(value.item())
+    assert values == sorted(values, reverse=True)
+    assert torch.isfinite(covariance).all()
+
+
+def test_another_optimizer_goes_on_after_zero_grad() -> None:
+    """Nothing more is kept of passes at parameters that are left behind."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    passes(optimizer, lambda: F.mse_loss(model(x), y), 2, last=True)
+    adam = torch.optim.Adam(model.parameters(), lr=1e-3)
+    for _ in range(50):
+        F.mse_loss(model(x), y).backward()
+        adam.step()
+        adam.zero_grad()
+    recording = optimizer._loop.recording
+    assert recording is not None and recording.paused and not recording._calls
+    with named("are written to in place after"):
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
+def test_weights_clamped_before_the_pass() -> None:
+    """``p.data.clamp_()`` right after ``zero_grad()`` does not matter."""
+    x, y = data()
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR)
+    for _ in range(3):
+        optimizer.zero_grad()
+        for p in model.parameters():
+            p.data.clamp_(-10, 10)
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    assert_replayed(optimizer, 3 * LR)

@@ -495,22 +495,7 @@ class _Reader:
         """The slot that stands for the template's input where the value was made by the template's calls, else None."""
         makers = {output: call for call in template.calls for output in call.outputs}
         pairs: dict[int, int] = {}
-
-        def equal(wanted: Any, found: Any) -> bool:
-            if isinstance(wanted, Slot) and isinstance(found, Slot):
-                if wanted.index in pairs:
-                    return pairs[wanted.index] == found.index
-                pairs[wanted.index] = found.index
-                if wanted.index < template.n_inputs:
-                    return True
-                one, other = makers[wanted.index], self._maker.get(found.index)
-                if other is None or _name(one) != _name(other) or other.in_place or not other.grad_enabled:
-                    return False
-                left, right = list(leaves_in((one.args, one.kwargs))), list(leaves_in((other.args, other.kwargs)))
-                return len(left) == len(right) and all(map(equal, left, right))
-            return type(wanted) is type(found) and not isinstance(wanted, Tensor) and bool(wanted == found)
-
-        if not equal(Slot(template.losses[0].slot), Slot(slot)) or 0 not in pairs:
+        if not self._equal(Slot(template.losses[0].slot), Slot(slot), makers, pairs) or 0 not in pairs:
             return None
         base = pairs[0]
         inner = {found for found in pairs.values() if found not in (base, slot)}
@@ -518,6 +503,21 @@ class _Reader:
             self._uses[base] = 1
             return base
         return None
+
+    def _equal(self, wanted: Any, found: Any, makers: Mapping[int, Call], pairs: dict[int, int]) -> bool:
+        """Whether a value of ours was made as one of a template, up to the names in ``pairs``, which it completes."""
+        if not isinstance(wanted, Slot) or not isinstance(found, Slot):
+            return type(wanted) is type(found) and not isinstance(wanted, Tensor) and bool(wanted == found)
+        if wanted.index in pairs:
+            return pairs[wanted.index] == found.index
+        pairs[wanted.index] = found.index
+        one, other = makers.get(wanted.index), self._maker.get(found.index)
+        if one is None or other is None:
+            return one is None  # the template's input may be anything
+        if _name(one) != _name(other) or other.in_place or not other.grad_enabled:
+            return False
+        left, right = list(leaves_in((one.args, one.kwargs))), list(leaves_in((other.args, other.kwargs)))
+        return len(left) == len(right) and all(self._equal(a, b, makers, pairs) for a, b in zip(left, right, strict=True))
 
     def _closed(self, slot: int, base: int, inner: Iterable[int]) -> bool:
         """Whether what lies between ``base`` and ``slot``, and the base, are used in between only."""
