@@ -92,7 +92,7 @@ def open_closure(
     program, reason = (None, "engine='closure' was asked for") if engine == "closure" else _usable(recording, returned)
     resolution = layout.resolution(recording.autocast)
     replay: Objective | None = None
-    tried = None
+    tried, own = None, (loss, gradient)  # the closure's own, in its own types
     if program is not None:
         tried = try_replay(program, theta, loss, gradient, layout, memory, counts, resolution, unchanged, engine)
         replay, reason, loss, unchanged = tried.objective, tried.reason, tried.loss, tried.unchanged
@@ -116,7 +116,7 @@ def open_closure(
     )
     if memory.check and not memory.checked:
         try:
-            report = check_contract(theta, loss, gradient, layout, once_more, replay)
+            report = check_contract(theta, *own, layout, once_more, replay)
             _heed(report, opened, once_more, len(recording.written), memory)
         finally:
             opened.finish(theta)

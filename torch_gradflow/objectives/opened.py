@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torch_gradflow.objectives.base import EvaluationCounts, Objective
-from torch_gradflow.objectives.contract import agree
+from torch_gradflow.objectives.contract import agree, only_rounding
 from torch_gradflow.objectives.function import FunctionObjective, SecondDerivatives
 from torch_gradflow.objectives.parameters import ParameterLayout
 from torch_gradflow.objectives.perceptron import PerceptronObjective
@@ -207,7 +207,7 @@ def try_replay(
         text = str(error).splitlines()[0] if str(error) else ""
         return replace(plain, reason=f"its record cannot be replayed ({type(error).__name__}: {text})")
     reason = _difference(found, (loss, gradient), layout)
-    if reason:
+    if reason and not (wide and only_rounding(replay, theta, found, (loss, gradient), layout)):
         return replace(plain, reason=reason, found=found[1])
     if differs:
         memory.no_perceptrons.add(program.structure)
@@ -240,29 +240,11 @@ def _try_perceptron(
     wide = any(dtype != layout.dtype for dtype in layout.dtypes)
     start = objective.loss_and_gradient(theta)
     reason = _difference(start, (plain.loss, plain.gradient), layout)
-    if reason and not _only_rounding(objective, theta, start, (plain.loss, plain.gradient), layout):
+    if reason and not only_rounding(objective, theta, start, (plain.loss, plain.gradient), layout):
         return replace(plain, reason=reason, found=start[1])
     memory.perceptron = objective
     loss, gradient = start if wide else (plain.loss, plain.gradient)
     return replace(plain, objective=objective, loss=loss, gradient=gradient, found=start[1])
-
-
-def _only_rounding(
-    objective: Objective,
-    theta: Tensor,
-    found: tuple[Tensor, Tensor],
-    wanted: tuple[Tensor, Tensor],
-    layout: ParameterLayout,
-) -> bool:
-    """Whether loss and gradient differ no more than a change of θ by some rounding units changes them.
-
-    Where residuals are nothing but rounding errors, another order of summation gives others altogether.
-    """
-    signs = torch.randn(theta.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(theta)
-    near = objective.loss_and_gradient(theta * (1 + 32 * layout.resolution() * signs))
-    noise = [float((a - b).abs().max()) for a, b in zip(near, found, strict=True)]
-    difference = [float((a - b).abs().max()) for a, b in zip(wanted, found, strict=True)]
-    return all(d <= 8 * n for d, n in zip(difference, noise, strict=True))
 
 
 def _difference(found: tuple[Tensor, Tensor], wanted: tuple[Tensor, Tensor], layout: ParameterLayout) -> str:
