@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch_gradflow.objectives.base import ClosureError, DerivativeError, EvaluationCounts, Objective
 from torch_gradflow.objectives.function import disagreement, probe_vectors, second_order_kernels
 from torch_gradflow.objectives.parameters import ParameterLayout
+from torch_gradflow.uncompiled import uncompiled
 
 Closure = Callable[[], Any]
 NOT_ZEROED = (
@@ -165,7 +166,7 @@ class BackwardWatch(TorchFunctionMode):
         super().__init__()
         self.loss: Tensor | None = None
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def __torch_function__(
         self,
         func: Callable[..., Any],

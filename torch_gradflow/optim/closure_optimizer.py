@@ -21,6 +21,7 @@ from torch_gradflow.objectives.parameters import ParameterLayout, check_memory_a
 from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.regularized import Penalties
 from torch_gradflow.objectives.tape import tape
+from torch_gradflow.uncompiled import uncompiled
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -175,7 +176,7 @@ class ClosureOptimizer(Optimizer):
         with torch.enable_grad():
             return closure()
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As ``torch.optim.Optimizer.zero_grad``; in a loop without a closure it also begins the record of the next pass.
 

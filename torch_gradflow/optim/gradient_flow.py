@@ -30,6 +30,7 @@ from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.regularized import Penalties, Regularized, Rescaled
 from torch_gradflow.optim import carried
 from torch_gradflow.optim.closure_optimizer import ActiveParameters, ClosureOptimizer, ObjectiveSettings, Params
+from torch_gradflow.uncompiled import uncompiled
 
 
 @dataclass
@@ -170,7 +171,7 @@ class GradientFlow(ClosureOptimizer):
         """The flow time t that was reached, in units of the reference (first non-zero) ``lr``."""
         return float(self.param_groups[0]["flow_time"])
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Advance the flow by ``lr``.
 

@@ -17,6 +17,7 @@ from torch_gradflow.objectives.opened import Engine
 from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.regularized import Regularized
 from torch_gradflow.optim.closure_optimizer import ActiveParameters, ClosureOptimizer, ObjectiveSettings, Params
+from torch_gradflow.uncompiled import uncompiled
 
 
 class NewtonPolish(ClosureOptimizer):
@@ -88,7 +89,7 @@ class NewtonPolish(ClosureOptimizer):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_run": self._run}
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @uncompiled
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Minimise to the end.
 

@@ -1,13 +1,25 @@
-"""Which kernel computes: plain torch, or the compiled one."""
+"""Which kernel computes the derivatives of a perceptron: plain torch, or the one that Numba compiles.
+
+The compiled kernel serves on CPUs; it computes in float64 whatever the type of φ. Numba is imported, and the kernel compiled
+(or loaded from Numba's cache on disk), when it is needed first. What it then gives is compared once with plain torch; where
+Numba is missing or fails, a warning says so once, and plain torch serves.
+"""
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+import warnings
+from functools import cache
+from typing import TYPE_CHECKING, Literal, Protocol
 
+import torch
 from torch import Tensor
 
+from torch_gradflow.perceptron.activations import CODES, IDENTITY, Activation
 from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
 from torch_gradflow.perceptron.plain import PlainKernel
+
+if TYPE_CHECKING:
+    from torch_gradflow.perceptron.compiled import CompiledPerceptron
 
 KernelName = Literal["auto", "torch", "numba"]
 
@@ -27,12 +39,117 @@ class Kernel(Protocol):
         """L, ∇L and H."""
 
 
+class CompiledKernel:
+    """The compiled kernel, on tensors.
+
+    Args:
+        network: The perceptron.
+        loss: Its loss.
+        samples: The data, on the CPU.
+        compiled: The class of the kernel.
+    """
+
+    name = "numba"
+
+    def __init__(self, network: Perceptron, loss: Loss, samples: Samples, compiled: type[CompiledPerceptron]) -> None:
+        kinds = [kind for runs in network.activations for count, kind in runs for _ in range(count)]
+        n_numbers = max(2, *(len(kind.parameters) for kind in kinds))
+        numbers = torch.zeros(len(kinds), n_numbers, dtype=torch.float64)
+        for row, kind in zip(numbers, kinds, strict=True):
+            row[: len(kind.parameters)] = torch.tensor(kind.parameters, dtype=torch.float64)
+        codes = torch.tensor([CODES[kind.name] for kind in kinds])
+        wide = samples.to(torch.float64)
+        self._kernel = compiled(
+            network.sizes,
+            network.biases,
+            codes.numpy(),
+            numbers.numpy(),
+            loss.code,
+            loss.delta,
+            wide.x.numpy(),
+            wide.targets.numpy(),
+            wide.weights.numpy(),
+        )
+        self._plain = None if self._kernel.has_hessian else PlainKernel(network, loss, wide)
+
+    def loss_and_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """L and ∇L."""
+        gradient = torch.empty(phi.shape, dtype=torch.float64)
+        loss = self._kernel.loss_and_gradient(_wide(phi).numpy(), gradient.numpy())
+        return torch.tensor(loss, dtype=phi.dtype), gradient.to(phi.dtype)
+
+    def hvp(self, phi: Tensor, vectors: Tensor) -> Tensor:
+        """H V."""
+        rows = _wide(vectors.T)
+        products = torch.empty_like(rows)
+        self._kernel.hvp(_wide(phi).numpy(), rows.numpy(), products.numpy())
+        return products.T.to(phi.dtype)
+
+    def loss_gradient_hessian(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L, ∇L and H; networks other than those with one hidden layer and one output in plain torch."""
+        if self._plain is not None:
+            wide = self._plain.loss_gradient_hessian(_wide(phi))
+            return wide[0].to(phi.dtype), wide[1].to(phi.dtype), wide[2].to(phi.dtype)
+        gradient = torch.empty(phi.shape, dtype=torch.float64)
+        hessian = torch.empty(phi.numel(), phi.numel(), dtype=torch.float64)
+        loss = self._kernel.loss_gradient_hessian(_wide(phi).numpy(), gradient.numpy(), hessian.numpy())
+        return torch.tensor(loss, dtype=phi.dtype), gradient.to(phi.dtype), hessian.to(phi.dtype)
+
+
 def choose_kernel(network: Perceptron, loss: Loss, samples: Samples, which: KernelName) -> Kernel:
     """The kernel for these data.
 
     Raises:
-        ValueError: If ``which`` is no kernel.
+        ValueError: If ``which`` is no kernel, or one that cannot serve.
     """
     if which not in ("auto", "torch", "numba"):
         raise ValueError(f"kernel must be 'auto', 'torch' or 'numba', not {which!r}.")
+    if which != "torch":
+        why_not = _why_not_compiled(network, samples)
+        compiled = None if why_not else load_compiled()
+        if compiled is not None:
+            return CompiledKernel(network, loss, samples, compiled)
+        if which == "numba":
+            raise ValueError(f"kernel='numba' cannot serve: {why_not or 'Numba is missing or fails here'}.")
     return PlainKernel(network, loss, samples)
+
+
+def _why_not_compiled(network: Perceptron, samples: Samples) -> str:
+    if samples.x.device.type != "cpu":
+        return f"the data are on {samples.x.device}, and it computes on CPUs"
+    unknown = {kind.name for runs in network.activations for _, kind in runs if kind.name not in CODES}
+    return f"it does not know the activation {unknown.pop()!r}" if unknown else ""
+
+
+@cache
+def load_compiled() -> type[CompiledPerceptron] | None:
+    """The class of the compiled kernel; None, with a warning, where Numba is missing or does not compute what torch does."""
+    try:
+        from torch_gradflow.perceptron.compiled import CompiledPerceptron
+
+        _compare(CompiledPerceptron)
+    except Exception as error:  # whatever an installation of a compiler can fail with
+        what = str(error).splitlines()[0] if str(error) else ""
+        warnings.warn(
+            f"Numba cannot be used ({type(error).__name__}: {what}): derivatives of perceptrons are computed in plain torch, "
+            "which is slower. Reinstall numba to mend that.",
+            stacklevel=2,
+        )
+        return None
+    return CompiledPerceptron
+
+
+def _compare(compiled: type[CompiledPerceptron]) -> None:
+    network = Perceptron.of((2, 3, 1), Activation("tanh"), IDENTITY)
+    x = torch.linspace(-1, 1, 10, dtype=torch.float64).reshape(2, 5)
+    samples = Samples(x, x[:1] ** 2, torch.full((5,), 0.2, dtype=torch.float64))
+    phi = torch.linspace(-1, 1, network.n_parameters, dtype=torch.float64)
+    loss = Loss("squared error")
+    found = CompiledKernel(network, loss, samples, compiled).loss_and_gradient(phi)[1]
+    wanted = PlainKernel(network, loss, samples).loss_and_gradient(phi)[1]
+    if not torch.allclose(found, wanted, rtol=1e-10, atol=1e-12):
+        raise ArithmeticError("its gradients are not those of torch")
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().to(torch.float64).contiguous()
