@@ -7,12 +7,16 @@ from torch_gradflow.minimize.certificate import CriticalPoint, certify
 from torch_gradflow.minimize.minimize import minimize
 from torch_gradflow.minimize.result import MinimizeResult
 from torch_gradflow.objectives.base import ClosureError, DerivativeError, Objective
-from torch_gradflow.objectives.module import ModuleObjective, hessian, hessian_spectrum
+from torch_gradflow.objectives.module import ModuleObjective, gradient, hessian, hessian_spectrum, hvp
 from torch_gradflow.objectives.opened import GradientFlowWarning
+from torch_gradflow.objectives.perceptron import Merging, PerceptronObjective
 from torch_gradflow.optim.gradient_flow import GradientFlow
 from torch_gradflow.optim.newton_polish import NewtonPolish
+from torch_gradflow.perceptron.activations import Activation, register_activation
+from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
 
 __all__ = [
+    "Activation",
     "ClosureError",
     "CriticalPoint",
     "DerivativeError",
@@ -23,16 +27,24 @@ __all__ = [
     "GradientFlow",
     "GradientFlowWarning",
     "GradientNorm",
+    "Loss",
     "LossPlateau",
     "LossValue",
+    "Merging",
     "MinimizeResult",
     "ModuleObjective",
     "NewtonPolish",
     "Objective",
+    "Perceptron",
+    "PerceptronObjective",
+    "Samples",
     "WallTime",
     "certify",
+    "gradient",
     "hessian",
     "hessian_spectrum",
+    "hvp",
     "integrate",
     "minimize",
+    "register_activation",
 ]

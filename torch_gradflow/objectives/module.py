@@ -1,8 +1,9 @@
-"""A model, a loss function and data as an Objective, through ``torch.func.functional_call``."""
+"""A model, a loss function and data as an Objective: in closed form where they are known, else through torch.func."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -10,16 +11,25 @@ from torch import Tensor, nn
 
 from torch_gradflow.checks import check_count
 from torch_gradflow.objectives.base import EvaluationCounts
+from torch_gradflow.objectives.contract import agree, only_rounding
 from torch_gradflow.objectives.function import FunctionObjective
 from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters
+from torch_gradflow.objectives.perceptron import PerceptronObjective
+from torch_gradflow.objectives.program import Program
+from torch_gradflow.objectives.recognition import NotRecognised, recognise, together
+from torch_gradflow.objectives.record import Recorder, Recording
 from torch_gradflow.objectives.trees import tensors_in
 
 Batch = tuple[Any, Any]
 LossFunction = Callable[[Any, Any], Tensor]
+ModuleEngine = Literal["auto", "perceptron", "torch.func"]
 
 
 class ModuleObjective(FunctionObjective):
     """L(θ) = loss_fn(model_θ(x), y) over all data, accumulated chunk by chunk.
+
+    Where model and loss are recognised as those of a multi-layer perceptron, and the data are tensors, loss and derivatives
+    come in closed form (``torch_gradflow.objectives.perceptron``).
 
     θ are the model's parameters that require gradients, in the order of ``model.named_parameters()``. The model is not
     changed; it computes in the mode (training or evaluation) in which it is.
@@ -33,6 +43,11 @@ class ModuleObjective(FunctionObjective):
             L is the mean over all of them. "sum": chunks are added. None takes ``loss_fn.reduction``, or "mean".
         chunk_size: Splits tensors into chunks of that many samples; None keeps them whole.
         dtype: The type of θ; None takes the parameters' own.
+        engine: "auto"; "perceptron" (an error, with the reason, where that is not recognised); "torch.func".
+
+    Attributes:
+        engine: "perceptron" or "torch.func": which serves.
+        engine_reason: Why it is not "perceptron", or "".
 
     Raises:
         TypeError, ValueError: For what ``check_parameters`` refuses, no data, or a shuffling DataLoader.
@@ -47,6 +62,7 @@ class ModuleObjective(FunctionObjective):
         reduction: Literal["mean", "sum"] | None = None,
         chunk_size: int | None = None,
         dtype: torch.dtype | None = None,
+        engine: ModuleEngine = "auto",
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be an nn.Module, not {model!r}.")
@@ -54,6 +70,8 @@ class ModuleObjective(FunctionObjective):
             raise TypeError(f"loss_fn must be a function of prediction and target, not {loss_fn!r}.")
         if dtype not in (None, torch.float32, torch.float64):
             raise ValueError(f"dtype must be torch.float64, torch.float32 or None, not {dtype!r}.")
+        if engine not in ("auto", "perceptron", "torch.func"):
+            raise ValueError(f"engine must be 'auto', 'perceptron' or 'torch.func', not {engine!r}.")
         named = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not named:
             raise ValueError("model has no parameter that requires gradients; nothing can be differentiated.")
@@ -81,6 +99,75 @@ class ModuleObjective(FunctionObjective):
                 f"model or loss_fn is stochastic: the same parameters and data gave the losses {first:.8g} and {second:.8g}. "
                 "Switch dropout off (model.eval())."
             )
+        self._parameters = list(named.values())
+        self._in_memory = isinstance(data, tuple)
+        self._asked = engine
+        self._programs: list[Program] = []
+        self._perceptron: PerceptronObjective | None = None
+        self.engine, self.engine_reason = "torch.func", "engine='torch.func' was asked for"
+        if engine != "torch.func":
+            self._recognise()
+
+    def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """L(θ) and ∇L(θ)."""
+        fast = self._fast()
+        return super().loss_and_gradient(theta) if fast is None else fast.loss_and_gradient(theta)
+
+    def hvp(self, theta: Tensor, vectors: Tensor) -> Tensor:
+        """H(θ) V; V of shape ``(P,)`` or ``(P, k)``."""
+        fast = self._fast()
+        return super().hvp(theta, vectors) if fast is None else fast.hvp(theta, vectors)
+
+    def hessian(self, theta: Tensor) -> Tensor:
+        """H(θ)."""
+        fast = self._fast()
+        return super().hessian(theta) if fast is None else fast.hessian(theta)
+
+    def _fast(self) -> PerceptronObjective | None:
+        """The closed form, for the data as they are now."""
+        if self._perceptron is not None and any(program.changed_constants() for program in self._programs):
+            self._recognise()
+        return self._perceptron
+
+    def _recognise(self) -> None:
+        """Look for the closed form, and compare it with torch's loss and gradient."""
+        self._perceptron, self._programs = None, []
+        try:
+            objective = self._closed_form()
+            theta = self.initial_theta()
+            found, wanted = objective.loss_and_gradient(theta), super().loss_and_gradient(theta)
+            self.counts.n_grad -= 2
+            if not agree(found, wanted, self.layout) and not only_rounding(objective, theta, found, wanted, self.layout):
+                raise NotRecognised("as that of a perceptron, the loss or its gradient differs")
+        except NotRecognised as why:
+            self.engine, self.engine_reason = "torch.func", str(why)
+            if self._asked == "perceptron":
+                raise ValueError(
+                    "engine='perceptron' was asked for, but model and loss_fn are not recognised as those of a multi-layer "
+                    f"perceptron: {why}."
+                ) from None
+            return
+        self._perceptron, self.engine, self.engine_reason = objective, "perceptron", ""
+
+    def _closed_form(self) -> PerceptronObjective:
+        if not self._in_memory or any(dtype != self.layout.dtype for dtype in self.layout.dtypes):
+            raise NotRecognised("the data are not tensors, or θ is wider than the parameters")
+        parts = []
+        for x, y in self._chunks():
+            x, y = _to(x, self.layout.device), _to(y, self.layout.device)
+            recording = Recording(self._parameters)
+            with torch.enable_grad(), Recorder([recording]):
+                value = self._loss_fn(self._model(x), y)
+                value = value * (_samples(x) / self._n_samples if self.reduction == "mean" else 1.0)
+            program = recording.program(value)
+            if program is None or recording.doubts:
+                raise NotRecognised("; ".join(recording.doubts) or "the loss does not depend on the parameters")
+            self._programs.append(program)
+            parts.append(recognise(program, self.layout))
+        if any((p.network, p.loss) != (parts[0].network, parts[0].loss) for p in parts):
+            raise NotRecognised("the chunks differ in their operations")
+        samples = together([p.samples for p in parts])
+        return PerceptronObjective.of(replace(parts[0], samples=samples), self.layout.dtype, counts=self.counts)
 
     def initial_theta(self) -> Tensor:
         """The model's present parameters, shape ``(P,)``."""
@@ -173,6 +260,53 @@ def _samples(x: Any) -> int:
 
 def _to(item: Any, device: torch.device) -> Any:
     return item.to(device) if isinstance(item, Tensor) else item
+
+
+def gradient(model: nn.Module, loss_fn: LossFunction, data: tuple[Tensor, Tensor] | Iterable[Batch], **options: Any) -> Tensor:
+    """The gradient of a model's loss at its present parameters.
+
+    Args:
+        model: As for ``ModuleObjective``, in whose order of parameters the components stand.
+        loss_fn: As for ``ModuleObjective``.
+        data: As for ``ModuleObjective``.
+        options: Further arguments of ``ModuleObjective``.
+
+    Returns:
+        A vector of shape ``(P,)``.
+    """
+    objective = ModuleObjective(model, loss_fn, data, **options)
+    return objective.loss_and_gradient(objective.initial_theta())[1]
+
+
+def hvp(
+    model: nn.Module,
+    loss_fn: LossFunction,
+    data: tuple[Tensor, Tensor] | Iterable[Batch],
+    vectors: Tensor,
+    **options: Any,
+) -> Tensor:
+    """Products of the Hessian of a model's loss, at its present parameters, with one vector or several.
+
+    Args:
+        model: As for ``ModuleObjective``, in whose order of parameters the components stand.
+        loss_fn: As for ``ModuleObjective``.
+        data: As for ``ModuleObjective``.
+        vectors: Of shape ``(P,)`` or ``(P, k)``.
+        options: Further arguments of ``ModuleObjective``.
+
+    Returns:
+        H V, in the shape of ``vectors``.
+
+    Raises:
+        ValueError: For vectors of another length.
+    """
+    objective = ModuleObjective(model, loss_fn, data, **options)
+    if vectors.dim() not in (1, 2) or vectors.shape[0] != objective.n_parameters:
+        raise ValueError(
+            f"vectors must have the shape ({objective.n_parameters},) or ({objective.n_parameters}, k), not "
+            f"{tuple(vectors.shape)}."
+        )
+    return objective.hvp(objective.initial_theta(), vectors)
 
 
 def hessian(model: nn.Module, loss_fn: LossFunction, data: tuple[Tensor, Tensor] | Iterable[Batch], **options: Any) -> Tensor:

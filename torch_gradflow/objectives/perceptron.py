@@ -1,10 +1,11 @@
-"""The loss of a multi-layer perceptron as an Objective, on closed-form derivatives."""
+"""The loss of a multi-layer perceptron as an Objective, on closed-form derivatives; a penalty that merges two neurons."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from torch_gradflow.checks import check_number
 from torch_gradflow.objectives.base import EvaluationCounts, Objective
 from torch_gradflow.objectives.recognition import RecognisedPerceptron
 from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
@@ -12,7 +13,7 @@ from torch_gradflow.perceptron.kernels import KernelName, choose_kernel
 
 
 class PerceptronObjective(Objective):
-    """L(φ) = Σ_n w_n ℓ(f_φ(x_n), t_n); by default θ is φ, the network's parameters in their canonical order.
+    """L(φ) = Σ_n w_n ℓ(f_φ(x_n), t_n), and Σ c θ² if asked for; by default θ is φ, in the order of ``Perceptron``.
 
     Args:
         network: The perceptron.
@@ -21,6 +22,7 @@ class PerceptronObjective(Objective):
         dtype: The type of θ, and in plain torch that of the computation; the compiled kernels compute in float64 always.
         index: For each element of φ its place in θ, each place once; −1 where it is frozen. None: θ is φ.
         frozen: φ with the values of what is frozen.
+        decay: c, shape ``(P,)``; weight decay λ/2 ‖θ‖² is c = λ/2.
         kernel: "auto" (by a measured rule, see ``torch_gradflow.perceptron.kernels``), "torch" or "numba".
         counts: Where evaluations are counted.
 
@@ -41,6 +43,7 @@ class PerceptronObjective(Objective):
         dtype: torch.dtype = torch.float64,
         index: Tensor | None = None,
         frozen: Tensor | None = None,
+        decay: Tensor | None = None,
         kernel: KernelName = "auto",
         counts: EvaluationCounts | None = None,
     ) -> None:
@@ -64,6 +67,7 @@ class PerceptronObjective(Objective):
             self.n_parameters = len(self._inverse)
             if frozen is not None:
                 self._frozen = frozen.to(self.device, dtype)
+        self._decay = None if decay is None else decay.to(self.device, dtype)
 
     @classmethod
     def of(
@@ -82,6 +86,7 @@ class PerceptronObjective(Objective):
             dtype=dtype,
             index=found.index,
             frozen=found.frozen,
+            decay=found.decay,
             kernel=kernel,
             counts=counts,
         )
@@ -90,17 +95,22 @@ class PerceptronObjective(Objective):
         """L(θ) and ∇L(θ)."""
         self.counts.n_grad += 1
         loss, gradient = self._kernel.loss_and_gradient(self._phi(theta))
-        return loss, gradient if self._inverse is None else gradient[self._inverse]
+        gradient = gradient if self._inverse is None else gradient[self._inverse]
+        return (loss, gradient) if self._decay is None else self._decayed(theta, loss, gradient)
 
     def hvp(self, theta: Tensor, vectors: Tensor) -> Tensor:
         """H(θ) V."""
         columns = vectors.reshape(self.n_parameters, -1)
         self.counts.n_hvp += columns.shape[1]
         if self._inverse is None:
-            return self._kernel.hvp(self._phi(theta), columns).reshape(vectors.shape)
-        spread = columns.new_zeros(self.network.n_parameters, columns.shape[1])
-        spread[self._inverse] = columns
-        return self._kernel.hvp(self._phi(theta), spread)[self._inverse].reshape(vectors.shape)
+            products = self._kernel.hvp(self._phi(theta), columns)
+        else:
+            spread = columns.new_zeros(self.network.n_parameters, columns.shape[1])
+            spread[self._inverse] = columns
+            products = self._kernel.hvp(self._phi(theta), spread)[self._inverse]
+        if self._decay is not None:
+            products = products + 2 * self._decay[:, None] * columns
+        return products.reshape(vectors.shape)
 
     def hessian(self, theta: Tensor) -> Tensor:
         """H(θ)."""
@@ -112,10 +122,72 @@ class PerceptronObjective(Objective):
         loss, gradient, hessian = self._kernel.loss_gradient_hessian(self._phi(theta))
         if self._inverse is not None:
             gradient, hessian = gradient[self._inverse], hessian[self._inverse][:, self._inverse]
+        if self._decay is not None:
+            hessian.diagonal().add_(2 * self._decay)
+            loss, gradient = self._decayed(theta, loss, gradient)
         return loss, gradient, hessian
+
+    def _decayed(self, theta: Tensor, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        assert self._decay is not None
+        weighted = self._decay * theta.detach()
+        return loss + weighted @ theta.detach(), gradient + 2 * weighted
 
     def _phi(self, theta: Tensor) -> Tensor:
         if self._moving is None:
             return theta.detach()
         phi = theta.detach()[self._moving.clamp(min=0)]
         return phi if self._frozen is None else torch.where(self._moving < 0, self._frozen, phi)
+
+
+class Merging(Objective):
+    """L(θ) + λ/2 ‖w_i − w_j‖² for the input weights of two neurons of one layer: a pull towards a symmetric saddle.
+
+    Raising λ walks from a minimum along the path on which two neurons become one (Brea, Martinelli, Şimşek, Gerstner 2023).
+
+    Args:
+        base: L, for instance a ``PerceptronObjective``.
+        network: The perceptron whose parameters θ are.
+        strength: λ ≥ 0.
+        layer: Which layer, 0 for the first.
+        neurons: i and j.
+
+    Raises:
+        ValueError: For neurons that the layer does not have, or a negative strength.
+    """
+
+    def __init__(self, base: Objective, network: Perceptron, strength: float, *, layer: int, neurons: tuple[int, int]) -> None:
+        if base.n_parameters != network.n_parameters:
+            raise ValueError(f"base has {base.n_parameters} parameters and network {network.n_parameters}; they must agree.")
+        check_number("strength", strength, least=0.0)
+        if not 0 <= layer < network.n_layers:
+            raise ValueError(f"layer must be one of 0, …, {network.n_layers - 1}, not {layer!r}.")
+        i, j = neurons
+        if i == j or not all(0 <= n < network.sizes[layer + 1] for n in neurons):
+            raise ValueError(f"neurons must be two of the {network.sizes[layer + 1]} of layer {layer}, not {neurons!r}.")
+        self.n_parameters, self.dtype, self.device = base.n_parameters, base.dtype, base.device
+        self.resolution, self.counts = base.resolution, base.counts
+        self._base, self._strength = base, strength
+        start, fan_in = network.offsets()[layer][0], network.sizes[layer]
+        self._i, self._j = (slice(start + n * fan_in, start + (n + 1) * fan_in) for n in (i, j))
+
+    def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """With the penalty."""
+        loss, gradient = self._base.loss_and_gradient(theta)
+        apart = theta[self._i] - theta[self._j]
+        return loss + 0.5 * self._strength * (apart @ apart), gradient + self._pull(theta[:, None])[:, 0]
+
+    def hvp(self, theta: Tensor, vectors: Tensor) -> Tensor:
+        """With the penalty."""
+        columns = vectors.reshape(self.n_parameters, -1)
+        return (self._base.hvp(theta, columns) + self._pull(columns)).reshape(vectors.shape)
+
+    def hessian(self, theta: Tensor) -> Tensor:
+        """With the penalty."""
+        return self._base.hessian(theta) + self._pull(torch.eye(self.n_parameters, dtype=self.dtype, device=self.device))
+
+    def _pull(self, columns: Tensor) -> Tensor:
+        """The penalty's constant Hessian times some columns."""
+        apart = self._strength * (columns[self._i] - columns[self._j])
+        product = torch.zeros_like(columns)
+        product[self._i], product[self._j] = apart, -apart
+        return product

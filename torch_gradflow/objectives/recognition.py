@@ -40,6 +40,7 @@ class RecognisedPerceptron:
         samples: Its data; not copied where that was not necessary.
         index: For each element of φ its place in θ, −1 where it is frozen; shape ``(P_φ,)``.
         frozen: φ with the values of what is frozen, and zeros; None where nothing is.
+        decay: The c of a penalty Σ c θ² in the loss, shape ``(P,)``; None where there is none.
     """
 
     network: Perceptron
@@ -47,6 +48,7 @@ class RecognisedPerceptron:
     samples: Samples
     index: Tensor
     frozen: Tensor | None
+    decay: Tensor | None
 
 
 def recognise(program: Program, layout: ParameterLayout) -> RecognisedPerceptron:
@@ -64,10 +66,14 @@ def recognise(program: Program, layout: ParameterLayout) -> RecognisedPerceptron
                 raise NotRecognised("backward was given a gradient of more than one element")
             scale = float(loss.weight)
         terms += reader.terms(loss.slot, scale)
+    if not terms:
+        raise NotRecognised("the loss consists of penalties only")
     chains = [reader.chain(term) for term in terms]
     _check_same(chains)
     index, frozen = _places(chains[0], layout)
-    return RecognisedPerceptron(chains[0].network(), terms[0].loss, _together(chains), index, frozen)
+    decay = layout.expand([reader.decay.get(i, 0.0) for i in range(len(layout.shapes))]) if reader.decay else None
+    samples = together([chain.samples for chain in chains if chain.samples is not None])
+    return RecognisedPerceptron(chains[0].network(), terms[0].loss, samples, index, frozen, decay)
 
 
 @dataclass(frozen=True)
@@ -183,6 +189,7 @@ class _Reader:
     def __init__(self, program: Program, shapes: Sequence[torch.Size]) -> None:
         self._shapes = shapes
         self._n_parameters = program.n_inputs
+        self.decay: dict[int, float] = {}  # of each parameter, by number
         self._maker: dict[int, Call] = {}
         self._uses: dict[int, int] = {loss.slot: 0 for loss in program.losses}
         for call in program.calls:
@@ -196,9 +203,14 @@ class _Reader:
     # Sums of losses
 
     def terms(self, slot: int, scale: float) -> list[_Term]:
-        """The losses of which the value ``slot`` is a linear combination."""
+        """The losses of which the value ``slot`` is a linear combination; penalties go to ``decay``."""
         call = self._made(slot)
         name = _name(call)
+        penalty = self._penalty(call)
+        if penalty is not None:
+            index, square = penalty
+            self.decay[index] = self.decay.get(index, 0.0) + scale * square
+            return []
         if name in ("add", "__add__", "__radd__", "sub", "__rsub__", "rsub") and not call.kwargs:
             signs = {"sub": (1.0, -1.0), "__rsub__": (-1.0, 1.0), "rsub": (-1.0, 1.0)}.get(name, (1.0, 1.0))
             terms = []
@@ -220,6 +232,31 @@ class _Reader:
                     each = scale if name == "sum" else scale / len(parts)
                     return [term for part in parts for term in self.terms(part.index, each)]
         return [self._term(slot, scale)]
+
+    def _penalty(self, call: Call) -> tuple[int, float] | None:
+        """Which parameter's squares are added up or averaged, and the factor; ``p.norm()**2`` too."""
+        name = _name(call)
+        if name not in ("sum", "mean", "pow", "square") or len(call.inputs) != 1 or call.kwargs or len(call.args) > 2:
+            return None
+        if name in ("pow", "square"):
+            norm = self._maker.get(call.inputs[0])
+            squares = name == "square" or call.args[1:] == (2,)
+            plain = norm is not None and norm.kwargs.get("p", "fro") in ("fro", 2) and norm.kwargs.get("dim") is None
+            if norm is None or not squares or _name(norm) != "norm" or not plain or len(norm.args) > 1:
+                return None
+            call = self._made(call.inputs[0])
+            return (call.inputs[0], 1.0) if call.inputs[0] < self._n_parameters else None
+        if len(call.args) != 1 or call.inputs[0] not in self._maker:
+            return None
+        square = self._maker[call.inputs[0]]
+        if len(square.inputs) != 1 or square.inputs[0] >= self._n_parameters or square.kwargs:
+            return None
+        itself = _name(square) == "mul" and all(isinstance(a, Slot) for a in square.args)
+        if not (_name(square) == "square" or (_name(square) == "pow" and square.args[1:] == (2,)) or itself):
+            return None
+        self._made(call.inputs[0])
+        index = square.inputs[0]
+        return index, 1.0 if name == "sum" else 1 / max(self._shapes[index].numel(), 1)
 
     def _term(self, slot: int, scale: float) -> _Term:
         call = self._made(slot)
@@ -765,8 +802,8 @@ def _same_place(a: Any, b: Any) -> bool:
     return a is b or (isinstance(a, Slot) and a == b)
 
 
-def _together(chains: Sequence[_Chain]) -> Samples:
-    parts = [chain.samples for chain in chains if chain.samples is not None]
+def together(parts: Sequence[Samples]) -> Samples:
+    """All samples of several losses of one network."""
     if len(parts) == 1:
         return parts[0]
     return Samples(
