@@ -313,6 +313,7 @@ def test_batches_with_zero_grad_last() -> None:
     assert distance(model, batch_flows(network(), batches(), [short, LR, LR, LR])) <= NEAR
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
 @pytest.mark.parametrize("n_workers", [0, 2])
 @pytest.mark.parametrize("last", [False, True])
 def test_data_loader(last: bool, n_workers: int) -> None:

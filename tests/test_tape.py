@@ -1024,6 +1024,7 @@ class Squares(torch.utils.data.Dataset[tuple[Tensor, Tensor]]):
 
 @pytest.mark.parametrize("persistent", [False, True])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more workers than cores
 def test_data_loader_workers_while_recording(loop: Loop, persistent: bool) -> None:
     """Workers that are forked between ``zero_grad()`` and the forward pass."""
     loader = torch.utils.data.DataLoader(
