@@ -42,6 +42,7 @@ class FlowStats:
             derivatives are computed in closed form), "replay" (the recorded calls serve all evaluations), "closure" (it is
             called again) or "fallback" (a loop without a record that serves: one gradient per call, the one in ``.grad``).
         engine_reason: Why the replay does not serve, or "".
+        kernel: With the engine "perceptron", "numba" (compiled) or "torch"; else "".
         method: The integrator.
         loss: L at the end of the last step where that is known, else at its start.
         grad_norm: ‖∇L‖ in the infinity norm at the same point (of the regularised loss, if it is regularised).
@@ -61,6 +62,7 @@ class FlowStats:
 
     engine: str = ""
     engine_reason: str = ""
+    kernel: str = ""
     method: str = ""
     loss: float = math.nan
     grad_norm: float = math.nan
@@ -483,6 +485,7 @@ class GradientFlow(ClosureOptimizer):
             self.stats,
             engine=engine,
             engine_reason=reason,
+            kernel=self._memory.perceptron.kernel if engine == "perceptron" and self._memory.perceptron is not None else "",
             method=method,
             step_size=step_size,
             status=status,

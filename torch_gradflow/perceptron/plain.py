@@ -172,11 +172,12 @@ class PlainKernel:
         for q in reversed(self._layers):
             i, j = self._pairs[b.shape[0]]
             m, s = self._pairs[extended[q].shape[0]]
-            _accumulate(sums, ("same", q, q), b[i, j], extended[q][m] * extended[q][s])
+            products = extended[q].index_select(0, m).mul_(extended[q].index_select(0, s))
+            _accumulate(sums, ("same", q, q), b.flatten(0, 1).index_select(0, i * b.shape[0] + j), products)
             c, slopes = b, None
             for layer in reversed(range(q)):
                 w = chunk.weights[layer + 1]
-                c = _times(w.T, c) * first[layer].unsqueeze(1)
+                c = _times(w.T, c).mul_(first[layer].unsqueeze(1))
                 outer = (extended[layer].unsqueeze(1) * extended[q].unsqueeze(0)).flatten(0, 1)
                 _accumulate(sums, ("second", layer, q), c.flatten(0, 1), outer)
                 # ∂a_{q−1}/∂z_l, indexed (p, s): diagonal for the layer just below.
@@ -191,7 +192,7 @@ class PlainKernel:
             if q > 0:
                 w = chunk.weights[q]
                 # c is now of no use; B of the layer below from B of this one.
-                b = _times(w.T, _times(w.T, b).transpose(0, 1)) * (first[q - 1].unsqueeze(0) * first[q - 1].unsqueeze(1))
+                b = torch.matmul(w.T, _times(w.T, b)).mul_(first[q - 1].unsqueeze(0)).mul_(first[q - 1].unsqueeze(1))
                 b.diagonal(dim1=0, dim2=1).add_((chunk.backs[q - 1] * second[q - 1]).T)
 
     def _assemble(self, phi: Tensor, sums: dict[tuple[str, int, int], Tensor]) -> Tensor:
@@ -205,18 +206,19 @@ class PlainKernel:
         return hessian
 
     def _write_diagonal_block(self, hessian: Tensor, q: int, packed: Tensor) -> None:
-        """Unpack the symmetric (p, r) and (m, s), one m at a time."""
+        """Unpack the symmetric (p, r) and (m, s), one neuron p at a time."""
         fan_in, fan_out = self._network.sizes[q], self._network.sizes[q + 1]
         start, bias = self._offsets[q]
-        width = fan_in + (bias is not None)
-        rows, columns = _unpacking(fan_out, packed.device), _unpacking(width, packed.device)
-        end = start + fan_in * fan_out
-        for m in range(width):
-            block = packed[:, columns[m]][rows]  # (p, r, s)
-            mine = slice(start + m, end, fan_in) if m < fan_in else slice(end, end + fan_out)
-            hessian[mine, start:end] = block[:, :, :fan_in].flatten(1)
+        width, end = fan_in + (bias is not None), start + fan_in * fan_out
+        rows, columns = _unpacking(fan_out, packed.device), _unpacking(width, packed.device).flatten()
+        for p in range(fan_out):
+            block = packed.index_select(0, rows[p]).index_select(1, columns).view(fan_out, width, width)  # (r, m, s)
+            mine = slice(start + p * fan_in, start + (p + 1) * fan_in)
+            hessian[mine, start:end].unflatten(1, (fan_out, fan_in)).copy_(block[:, :fan_in, :fan_in].transpose(0, 1))
             if bias is not None:
-                hessian[mine, end : end + fan_out] = block[:, :, fan_in]
+                hessian[end + p, start:end] = block[:, fan_in, :fan_in].flatten()
+                hessian[mine, end : end + fan_out] = block[:, :fan_in, fan_in].T
+                hessian[end + p, end : end + fan_out] = block[:, fan_in, fan_in]
 
     def _block(self, layer: int, q: int, sums: dict[tuple[str, int, int], Tensor]) -> Tensor:
         """∂²L/∂W_l∂W_q as (p, m, r, s), biases being the last m and s."""
