@@ -170,7 +170,6 @@ class ClosureOptimizer(Optimizer):
     def _without_motion(self, closure: Callable[[], Any] | None) -> Any:
         """A step in which nothing moves: all lrs are zero, or all parameters frozen."""
         self._initialise_state()
-        self._end_recording()
         if closure is None:
             return None
         with torch.enable_grad():

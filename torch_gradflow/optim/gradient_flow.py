@@ -190,13 +190,13 @@ class GradientFlow(ClosureOptimizer):
                 ``engine="replay"``, if the record does not serve.
             FloatingPointError: If loss or gradient are not finite at the start.
         """
-        active = self._active()
-        if active is None:
-            return self._without_motion(closure)
-        self._check_closure(closure)
-        problem = self._problem(active)
-        theta = self._known_theta(active)
         with self._step_begun() as recording:
+            active = self._active()
+            if active is None:
+                return self._without_motion(closure)
+            self._check_closure(closure)
+            problem = self._problem(active)
+            theta = self._known_theta(active)
             try:
                 return self._follow(closure, recording, active, problem, theta)
             except NoRecord as why:

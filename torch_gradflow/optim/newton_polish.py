@@ -111,12 +111,12 @@ class NewtonPolish(ClosureOptimizer):
             FloatingPointError: If loss or gradient are not finite at the start.
             KeyboardInterrupt: After Ctrl-C; the parameters are the best point so far, and ``result`` is set.
         """
-        active = self._active()
-        if active is None:
-            return self._without_motion(closure)
-        self._check_closure(closure)
-        check_memory(active.layout.n_parameters, active.layout.dtype, active.layout.device)
         with self._step_begun() as recording:
+            active = self._active()
+            if active is None:
+                return self._without_motion(closure)
+            self._check_closure(closure)
+            check_memory(active.layout.n_parameters, active.layout.dtype, active.layout.device)
             try:
                 return self._polish(closure, recording, active)
             except NoRecord as why:
