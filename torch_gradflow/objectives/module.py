@@ -15,10 +15,9 @@ from torch_gradflow.objectives.contract import agree, only_rounding
 from torch_gradflow.objectives.function import FunctionObjective
 from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters
 from torch_gradflow.objectives.perceptron import PerceptronObjective
-from torch_gradflow.objectives.program import Program
 from torch_gradflow.objectives.recognition import NotRecognised, recognise, together
 from torch_gradflow.objectives.record import Recorder, Recording
-from torch_gradflow.objectives.trees import tensors_in
+from torch_gradflow.objectives.trees import tensors_in, version_of
 
 Batch = tuple[Any, Any]
 LossFunction = Callable[[Any, Any], Tensor]
@@ -29,7 +28,8 @@ class ModuleObjective(FunctionObjective):
     """L(θ) = loss_fn(model_θ(x), y) over all data, accumulated chunk by chunk.
 
     Where model and loss are recognised as those of a multi-layer perceptron, and the data are tensors, loss and derivatives
-    come in closed form (``torch_gradflow.objectives.perceptron``).
+    come in closed form (``torch_gradflow.objectives.perceptron``). Data, buffers and frozen parameters that torch writes to
+    afterwards are read anew; what numpy writes into a tensor's memory is not noticed.
 
     θ are the model's parameters that require gradients, in the order of ``model.named_parameters()``. The model is not
     changed; it computes in the mode (training or evaluation) in which it is.
@@ -102,7 +102,9 @@ class ModuleObjective(FunctionObjective):
         self._parameters = list(named.values())
         self._in_memory = isinstance(data, tuple)
         self._asked = engine
-        self._programs: list[Program] = []
+        frozen = [p for p in model.parameters() if not p.requires_grad]
+        self._watched = [*(tensors_in(data) if self._in_memory else ()), *model.buffers(), *frozen]
+        self._versions: list[int] = []
         self._perceptron: PerceptronObjective | None = None
         self.engine, self.engine_reason = "torch.func", "engine='torch.func' was asked for"
         if engine != "torch.func":
@@ -125,13 +127,13 @@ class ModuleObjective(FunctionObjective):
 
     def _fast(self) -> PerceptronObjective | None:
         """The closed form, for the data as they are now."""
-        if self._perceptron is not None and any(program.changed_constants() for program in self._programs):
+        if self._perceptron is not None and self._versions != [version_of(t) for t in self._watched]:
             self._recognise()
         return self._perceptron
 
     def _recognise(self) -> None:
         """Look for the closed form, and compare it with torch's loss and gradient."""
-        self._perceptron, self._programs = None, []
+        self._perceptron, self._versions = None, [version_of(t) for t in self._watched]
         try:
             objective = self._closed_form()
             theta = self.initial_theta()
@@ -162,7 +164,6 @@ class ModuleObjective(FunctionObjective):
             program = recording.program(value)
             if program is None or recording.doubts:
                 raise NotRecognised("; ".join(recording.doubts) or "the loss does not depend on the parameters")
-            self._programs.append(program)
             parts.append(recognise(program, self.layout))
         if any((p.network, p.loss) != (parts[0].network, parts[0].loss) for p in parts):
             raise NotRecognised("the chunks differ in their operations")

@@ -57,6 +57,15 @@ def recognise(program: Program, layout: ParameterLayout) -> RecognisedPerceptron
     Raises:
         NotRecognised: If it is not one, or one of a kind that is not known.
     """
+    try:
+        return _read(program, layout)
+    except NotRecognised:
+        raise
+    except Exception as error:  # arguments that nobody foresaw: the program is replayed as it is
+        raise NotRecognised(f"reading it failed ({type(error).__name__}: {error})") from error
+
+
+def _read(program: Program, layout: ParameterLayout) -> RecognisedPerceptron:
     reader = _Reader(program, layout.shapes)
     terms = []
     for loss in program.losses:
@@ -320,8 +329,8 @@ class _Reader:
             return _logits(output, target, given, reduction, scale, weights)
         if name == "nll_loss":
             softmax = self._made(output)
-            dim = _bind(softmax).get("dim") if _name(softmax) == "log_softmax" else None
-            if dim not in (1, -1):
+            how = _bind(softmax) if _name(softmax) == "log_softmax" else {}
+            if how.get("dim") not in (1, -1) or how.get("dtype") is not None:
                 raise NotRecognised("nll_loss is not applied to log_softmax(…, dim=1)")
             output = self._operand(softmax)
             given |= {"label_smoothing": 0.0}
@@ -366,9 +375,11 @@ class _Reader:
         shape = torch.Size((*x.shape[:-1], fan_out))
         output = torch.empty(shape, device="meta")
         for call in reshapes:
-            if any(isinstance(a, Tensor) for a in call.args):
-                raise NotRecognised(f"{_name(call)} by the shape of a tensor")
+            if not isinstance(call.args[0] if call.args else None, Slot) or any(isinstance(a, Tensor) for a in call.args):
+                raise NotRecognised(f"{_name(call)} by the shape of a tensor, or with its argument by name")
             output = call.function(output, *call.args[1:], **call.kwargs)
+        if output.numel() != shape.numel() or output.numel() == 0:
+            raise NotRecognised("the loss uses a part of the output only, or there are no samples")
         targets, weights = term.targets(output.shape)
         rows = x.reshape(-1, fan_in)
         if term.per_element:
@@ -677,7 +688,13 @@ def _named(call: Call, name: str) -> Activation:
     if name in _SIMPLE:
         return Activation(_SIMPLE[name])
     given = _bind(call)
+    if name == "celu" and not _is_float32(1 / given["alpha"]):
+        raise NotRecognised("torch rounds 1/alpha of celu to float32 in its derivative")
     return Activation(name, tuple(float(given[key]) for key in _WITH_NUMBERS[name]))
+
+
+def _is_float32(number: float) -> bool:
+    return float(torch.tensor(number, dtype=torch.float32)) == number
 
 
 def _elementwise(loss: Loss, output: int, target: Any, reduction: str, scale: float, weights: Tensor | None) -> _Term:
@@ -727,16 +744,16 @@ def _classes(
             if target.shape != shape:
                 raise NotRecognised("the target has another shape than the output")
             probabilities, used = target, torch.ones(shape[0], dtype=torch.bool, device=target.device)
-            counted = used.to(torch.float64)
+            counted = used.to(torch.float64)  # products of booleans with numbers would be of torch's default type
         else:
             if target.shape != shape[:1]:
                 raise NotRecognised("the target has not one class per sample")
             used = target != given["ignore_index"]
             classes = torch.where(used, target, 0).long()
-            counted = used.to(torch.float64) if by_class is None else torch.where(used, by_class[classes], 0.0)
+            counted = used.to(torch.float64) * (1.0 if by_class is None else by_class[classes])
             probabilities = torch.nn.functional.one_hot(classes, n_classes) * used[:, None].to(torch.float64)
         if smoothing:
-            probabilities = (1 - smoothing) * probabilities + smoothing / n_classes * used[:, None]
+            probabilities = (1 - smoothing) * probabilities + smoothing / n_classes * used[:, None].to(torch.float64)
         if by_class is not None:
             probabilities = probabilities * by_class
         if bool((probabilities < 0).any()):
@@ -744,6 +761,8 @@ def _classes(
         # Means are over weights of the classes; where losses are first had per sample, over samples.
         per_sample = given["reduction"] == "none"
         total = float(shape[0]) if per_sample else float(counted.sum())
+        if total == 0:
+            raise NotRecognised("no sample counts")
         factor = scale / total if reduction == "mean" else scale
         w = torch.full((shape[0],), factor, dtype=probabilities.dtype, device=probabilities.device)
         if weights is not None:
@@ -794,12 +813,14 @@ def _check_same(chains: Sequence[_Chain]) -> None:
     for chain in chains[1:]:
         same = chain.network() == first.network() and chain.loss == first.loss
         pairs = zip(chain.layers, first.layers, strict=same)
-        if not same or any(not _same_place(getattr(a, key), getattr(b, key)) for a, b in pairs for key in ("weight", "bias")):
+        if not same or any(
+            not _same_place(getattr(a, key), getattr(b, key)) for a, b in pairs for key in ("weight", "transposed", "bias")
+        ):
             raise NotRecognised("the loss is the sum of losses of different networks, or of different losses")
 
 
 def _same_place(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(a, Slot) and a == b)
+    return a is b or (isinstance(a, Slot | bool) and a == b)
 
 
 def together(parts: Sequence[Samples]) -> Samples:

@@ -61,7 +61,7 @@ def _relu(z: Tensor, order: int) -> Derivatives:
 
 
 def _leaky_relu(z: Tensor, order: int, slope: float) -> Derivatives:
-    first = torch.where(z > 0, 1.0, slope).to(z.dtype)
+    first = torch.where(z > 0, torch.ones_like(z), slope)
     return (F.leaky_relu(z, slope), first, torch.zeros_like(z))[: order + 1]
 
 
