@@ -59,6 +59,8 @@ class PerceptronObjective(Objective):
         self._frozen: Tensor | None = None
         self.n_parameters = network.n_parameters
         if index is not None and not torch.equal(index.cpu(), torch.arange(network.n_parameters)):
+            if frozen is None and bool((index < 0).any()):
+                raise ValueError("frozen must hold the values of the parameters whose index is negative; it is None.")
             index = index.to(self.device)
             self._moving = index
             self._inverse = torch.empty(int(index.max()) + 1, dtype=torch.long, device=self.device)
@@ -100,6 +102,9 @@ class PerceptronObjective(Objective):
 
     def hvp(self, theta: Tensor, vectors: Tensor) -> Tensor:
         """H(θ) V."""
+        if vectors.dim() not in (1, 2) or vectors.shape[0] != self.n_parameters:
+            wanted = f"({self.n_parameters},) or ({self.n_parameters}, k)"
+            raise ValueError(f"vectors must have the shape {wanted}, not {tuple(vectors.shape)}.")
         columns = vectors.reshape(self.n_parameters, -1)
         self.counts.n_hvp += columns.shape[1]
         if self._inverse is None:
@@ -133,6 +138,8 @@ class PerceptronObjective(Objective):
         return loss + weighted @ theta.detach(), gradient + 2 * weighted
 
     def _phi(self, theta: Tensor) -> Tensor:
+        if theta.shape != (self.n_parameters,):  # a compiled kernel would read beyond its end
+            raise ValueError(f"theta must have the shape ({self.n_parameters},), not {tuple(theta.shape)}.")
         if self._moving is None:
             return theta.detach()
         phi = theta.detach()[self._moving.clamp(min=0)]

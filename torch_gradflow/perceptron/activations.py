@@ -38,6 +38,11 @@ class Activation:
         if self.name not in FORMULAS:
             known = ", ".join(sorted(FORMULAS))
             raise ValueError(f"name must be a known activation, not {self.name!r}. Known: {known}; see register_activation.")
+        wanted = _N_PARAMETERS.get(self.name, 0)
+        if self.name == "polynomial":
+            wanted = max(1, len(self.parameters))
+        if len(self.parameters) != wanted:
+            raise ValueError(f"parameters of {self.name!r} must be {wanted} numbers, not {self.parameters!r}.")
 
     def derivatives(self, z: Tensor, order: int = 2) -> Derivatives:
         """g(z), and with it g′(z) and g″(z) up to ``order``, elementwise."""
@@ -165,7 +170,8 @@ def _softplus(z: Tensor, order: int, beta: float, threshold: float) -> Derivativ
     linear = beta * z > threshold
     s = torch.sigmoid(beta * z)
     second = beta * s * torch.sigmoid(-beta * z)
-    return (value, torch.where(linear, 1.0, s), torch.where(linear, 0.0, second))[: order + 1]
+    # At the threshold itself torch's second derivative is 0.
+    return (value, torch.where(linear, 1.0, s), torch.where(beta * z >= threshold, 0.0, second))[: order + 1]
 
 
 def _softsign(z: Tensor, order: int) -> Derivatives:
@@ -236,6 +242,7 @@ FORMULAS: dict[str, Formula] = {
     "cube": _cube,
     "polynomial": _polynomial,
 }
+_N_PARAMETERS = {"leaky_relu": 1, "elu": 1, "celu": 1, "softplus": 2}
 CODES = {name: code for code, name in enumerate(FORMULAS)}
 IDENTITY = Activation("identity")
 # What was registered by users: the function as it stands in their models, and its name among FORMULAS.
@@ -287,7 +294,8 @@ def _check_derivatives(
     with torch.enable_grad():
         leaf = z.clone().requires_grad_(True)
         value = function(leaf)
-        if value.shape != z.shape or not torch.equal(function(z.flip(0)).flip(0), value):
+        some = torch.randperm(len(z), generator=torch.Generator().manual_seed(0))[: len(z) // 2]
+        if value.shape != z.shape or not torch.equal(function(z[some]), value[some]):
             raise ValueError("function is not elementwise: it must give one number per element, from that element alone.")
         (slope,) = torch.autograd.grad(value.sum(), leaf, create_graph=True)
         bend = torch.autograd.grad(slope.sum(), leaf)[0] if slope.requires_grad else torch.zeros_like(z)

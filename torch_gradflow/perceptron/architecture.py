@@ -50,6 +50,8 @@ class Perceptron:
     @classmethod
     def of(cls, sizes: Sequence[int], activation: Activation, output: Activation, *, bias: bool = True) -> Perceptron:
         """The usual one: the same activation in each hidden layer, and one on the output."""
+        if len(sizes) < 2:
+            raise ValueError(f"sizes must be at least two numbers of neurons, not {sizes!r}.")
         kinds = [activation] * (len(sizes) - 2) + [output]
         runs = tuple(((n, kind),) for n, kind in zip(sizes[1:], kinds, strict=True))
         return cls(tuple(sizes), (bias,) * (len(sizes) - 1), runs)
@@ -90,6 +92,12 @@ class Loss:
 
     name: LossName
     delta: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.name not in LOSSES:
+            raise ValueError(f"name must be one of {', '.join(map(repr, LOSSES))}, not {self.name!r}.")
+        if not self.delta > 0:
+            raise ValueError(f"delta must be positive, not {self.delta!r}.")
 
     @property
     def code(self) -> int:
