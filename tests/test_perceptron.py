@@ -167,8 +167,8 @@ def problems(draw: st.DrawFn) -> Problem:
 def assert_exact(problem: Problem, kernel: Any) -> None:
     """Everything that an objective gives, to rounding."""
     wanted = derivatives(problem)
-    # Where all outputs are saturated, autograd's 1 − tanh² has lost digits itself.
-    least = 1e-2 * float(wanted[0])
+    # Outputs and targets are of size 1: small residuals, and autograd's 1 − tanh² where it is saturated, have fewer digits.
+    least = max(1e-2 * float(wanted[0]), 1e-3)
     objective = problem.objective(kernel)
     assert objective.kernel == kernel
     loss, gradient = objective.loss_and_gradient(problem.phi)
