@@ -1514,3 +1514,19 @@ def test_numpy_is_not_needed_by_name() -> None:
     opened = open_it(closure_for(problem), problem.parameters)
     wanted = called_at(closure_for(problem), problem.parameters, opened.theta)
     assert distance(opened.objective.loss_and_gradient(opened.theta)[1], wanted[1]) <= 1e-6
+
+
+@pytest.mark.parametrize("engine", ["auto", "perceptron"])
+def test_wide_layers_are_left_to_torch(engine: Any) -> None:
+    """Unless it is asked for."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 1)).double()
+    x, y = torch.randn(10, 64, dtype=torch.float64), torch.randn(10, 1, dtype=torch.float64)
+    optimizer = GradientFlow(model.parameters(), lr=0.01, engine=engine)
+    optimizer.step(make_closure(optimizer, model, x, y))
+    objective = ModuleObjective(model, nn.MSELoss(), (x, y), engine=engine)
+    if engine == "auto":
+        assert optimizer.stats.engine == "replay"
+        assert objective.engine == "torch.func" and "wide" in objective.engine_reason
+    else:
+        assert optimizer.stats.engine == objective.engine == "perceptron"

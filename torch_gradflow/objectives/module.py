@@ -14,10 +14,11 @@ from torch_gradflow.objectives.base import EvaluationCounts
 from torch_gradflow.objectives.contract import agree, only_rounding
 from torch_gradflow.objectives.function import FunctionObjective
 from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters
-from torch_gradflow.objectives.perceptron import PerceptronObjective
+from torch_gradflow.objectives.perceptron import WIDE, PerceptronObjective
 from torch_gradflow.objectives.recognition import NotRecognised, recognise, together
 from torch_gradflow.objectives.record import Recorder, Recording
 from torch_gradflow.objectives.trees import tensors_in, version_of
+from torch_gradflow.perceptron.kernels import is_wide
 
 Batch = tuple[Any, Any]
 LossFunction = Callable[[Any, Any], Tensor]
@@ -167,6 +168,8 @@ class ModuleObjective(FunctionObjective):
             parts.append(recognise(program, self.layout))
         if any((p.network, p.loss) != (parts[0].network, parts[0].loss) for p in parts):
             raise NotRecognised("the chunks differ in their operations")
+        if self._asked == "auto" and is_wide(parts[0].network):
+            raise NotRecognised(WIDE)
         samples = together([p.samples for p in parts])
         return PerceptronObjective.of(replace(parts[0], samples=samples), self.layout.dtype, counts=self.counts)
 

@@ -14,9 +14,10 @@ from torch_gradflow.objectives.base import EvaluationCounts, Objective
 from torch_gradflow.objectives.contract import agree, only_rounding
 from torch_gradflow.objectives.function import FunctionObjective, SecondDerivatives
 from torch_gradflow.objectives.parameters import ParameterLayout
-from torch_gradflow.objectives.perceptron import PerceptronObjective
+from torch_gradflow.objectives.perceptron import WIDE, PerceptronObjective
 from torch_gradflow.objectives.program import Program
 from torch_gradflow.objectives.recognition import NotRecognised, recognise
+from torch_gradflow.perceptron.kernels import is_wide
 
 Engine = Literal["auto", "perceptron", "replay", "closure"]
 NOT_A_GRADIENT = (
@@ -190,7 +191,7 @@ def try_replay(
     plain = Replay(None, "", loss, gradient, unchanged)
     differs = ""
     if engine != "replay" and program.structure not in memory.no_perceptrons:
-        tried = _try_perceptron(program, theta, plain, layout, memory, counts, known)
+        tried = _try_perceptron(program, theta, plain, layout, memory, counts, known, engine)
         if tried.objective is not None:
             return tried
         if engine == "perceptron":
@@ -228,6 +229,7 @@ def _try_perceptron(
     memory: Memory,
     counts: EvaluationCounts,
     known: bool,
+    engine: Engine,
 ) -> Replay:
     """The program on closed-form derivatives, if it is the loss of a perceptron, and these give loss and gradient at θ."""
     if known and memory.perceptron is not None:
@@ -236,6 +238,8 @@ def _try_perceptron(
         found = recognise(program, layout)
     except NotRecognised as why:
         return replace(plain, reason=str(why))
+    if engine == "auto" and is_wide(found.network):
+        return replace(plain, reason=WIDE)
     objective = PerceptronObjective.of(found, layout.dtype, counts=counts)
     wide = any(dtype != layout.dtype for dtype in layout.dtypes)
     start = objective.loss_and_gradient(theta)

@@ -11,6 +11,8 @@ from torch_gradflow.objectives.recognition import RecognisedPerceptron
 from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
 from torch_gradflow.perceptron.kernels import KernelName, choose_kernel
 
+WIDE = "its layers are so wide that torch's own backward pass is faster than the closed form"
+
 
 class PerceptronObjective(Objective):
     """L(φ) = Σ_n w_n ℓ(f_φ(x_n), t_n), and Σ c θ² if asked for; by default θ is φ, in the order of ``Perceptron``.
@@ -138,10 +140,10 @@ class PerceptronObjective(Objective):
         return loss + weighted @ theta.detach(), gradient + 2 * weighted
 
     def _phi(self, theta: Tensor) -> Tensor:
-        if theta.shape != (self.n_parameters,):  # a compiled kernel would read beyond its end
+        if theta.numel() != self.n_parameters or theta.dim() != 1:  # a compiled kernel would read beyond its end
             raise ValueError(f"theta must have the shape ({self.n_parameters},), not {tuple(theta.shape)}.")
         if self._moving is None:
-            return theta.detach()
+            return theta.detach() if theta.requires_grad else theta
         phi = theta.detach()[self._moving.clamp(min=0)]
         return phi if self._frozen is None else torch.where(self._moving < 0, self._frozen, phi)
 
