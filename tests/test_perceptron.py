@@ -63,8 +63,8 @@ UNBOUNDED = {"square", "cube", "polynomial"}  # beyond linear growth
 
 def tanh_with_all_digits(z: Tensor) -> Tensor:
     """tanh, but autograd's derivatives do not lose digits as its 1 − tanh² does where that is small."""
-    e = torch.expm1(-2 * z.abs())
-    return -z.sign() * e / (2 + e)
+    e = torch.exp(-2 * z.abs())
+    return z.sign() * (1 - e) / (1 + e)
 
 
 FUNCTIONS = {known.activation: known.function for known in KNOWN.values()} | {Activation("tanh"): tanh_with_all_digits}
