@@ -1530,3 +1530,13 @@ def test_wide_layers_are_left_to_torch(engine: Any) -> None:
         assert objective.engine == "torch.func" and "wide" in objective.engine_reason
     else:
         assert optimizer.stats.engine == objective.engine == "perceptron"
+
+
+def test_a_part_of_the_model_replaced_after_the_objective_was_made() -> None:
+    d, model = Data(), small()
+    objective = ModuleObjective(model, nn.MSELoss(), (d.x, d.y))
+    theta = objective.initial_theta()
+    model[1] = nn.ReLU()
+    other = ModuleObjective(model, nn.MSELoss(), (d.x, d.y), engine="torch.func")
+    assert distance(objective.loss_and_gradient(theta)[1], other.loss_and_gradient(theta)[1]) <= 1e-13
+    assert objective.engine == "perceptron"

@@ -105,7 +105,7 @@ class ModuleObjective(FunctionObjective):
         self._asked = engine
         frozen = [p for p in model.parameters() if not p.requires_grad]
         self._watched = [*(tensors_in(data) if self._in_memory else ()), *model.buffers(), *frozen]
-        self._versions: list[int] = []
+        self._state: list[Any] = []
         self._perceptron: PerceptronObjective | None = None
         self.engine, self.engine_reason = "torch.func", "engine='torch.func' was asked for"
         if engine != "torch.func":
@@ -128,13 +128,17 @@ class ModuleObjective(FunctionObjective):
 
     def _fast(self) -> PerceptronObjective | None:
         """The closed form, for the data as they are now."""
-        if self._perceptron is not None and self._versions != [version_of(t) for t in self._watched]:
+        if self._perceptron is not None and self._state != self._present():
             self._recognise()
         return self._perceptron
 
+    def _present(self) -> list[Any]:
+        """What the closed form was made from: the model's parts, and how often its tensors and the data were written to."""
+        return [*((id(m), m.training) for m in self._model.modules()), *(version_of(t) for t in self._watched)]
+
     def _recognise(self) -> None:
         """Look for the closed form, and compare it with torch's loss and gradient."""
-        self._perceptron, self._versions = None, [version_of(t) for t in self._watched]
+        self._perceptron, self._state = None, self._present()
         try:
             objective = self._closed_form()
             theta = self.initial_theta()

@@ -128,12 +128,12 @@ def _silu(z: Tensor, order: int) -> Derivatives:
 
 
 def _mish(z: Tensor, order: int) -> Derivatives:
-    """z tanh(softplus(z))."""
-    soft, s = torch.nn.functional.softplus(z), torch.sigmoid(z)
-    t = torch.tanh(soft)
+    """z tanh(softplus(z)), where with v = sigmoid(−z) the tanh is (1 − v²)/(1 + v²), its derivative 4 v²/(1 + v²)²."""
+    s, v = torch.sigmoid(z), torch.sigmoid(-z)
+    t = s * (1 + v) / (1 + v * v)
     if order == 0:
         return (z * t,)
-    sech2 = (1 - t) * (1 + t)
+    sech2 = (2 * v / (1 + v * v)) ** 2
     slope, bend = s * torch.sigmoid(-z), -2 * t * s * s
     return (z * t, t + z * sech2 * s, sech2 * (2 * s + z * (slope + bend)))[: order + 1]
 
@@ -158,7 +158,7 @@ def _tanh(z: Tensor, order: int) -> Derivatives:
     t = torch.tanh(z)
     if order == 0:
         return (t,)
-    sech2 = (1 - t) * (1 + t)
+    sech2 = 4 * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z)  # keeps its digits where 1 − t² has none
     return (t, sech2, -2 * t * sech2)[: order + 1]
 
 
