@@ -1520,7 +1520,7 @@ def test_numpy_is_not_needed_by_name() -> None:
 def test_wide_layers_are_left_to_torch(engine: Any) -> None:
     """Unless it is asked for."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 256), nn.Tanh(), nn.Linear(256, 1)).double()
+    model = nn.Sequential(nn.Linear(64, 1024), nn.Tanh(), nn.Linear(1024, 1)).double()
     x, y = torch.randn(10, 64, dtype=torch.float64), torch.randn(10, 1, dtype=torch.float64)
     optimizer = GradientFlow(model.parameters(), lr=0.01, engine=engine)
     optimizer.step(make_closure(optimizer, model, x, y))

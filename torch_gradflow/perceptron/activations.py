@@ -159,7 +159,7 @@ def _tanh(z: Tensor, order: int) -> Derivatives:
     if order == 0:
         return (t,)
     sech2 = 4 * torch.sigmoid(2 * z) * torch.sigmoid(-2 * z)  # keeps its digits where 1 − t² has none
-    return (t, sech2, -2 * t * sech2)[: order + 1]
+    return (t, sech2) if order == 1 else (t, sech2, -2 * t * sech2)
 
 
 def _softplus(z: Tensor, order: int, beta: float, threshold: float) -> Derivatives:
@@ -169,6 +169,8 @@ def _softplus(z: Tensor, order: int, beta: float, threshold: float) -> Derivativ
         return (value,)
     linear = beta * z > threshold
     s = torch.sigmoid(beta * z)
+    if order == 1:
+        return (value, torch.where(linear, 1.0, s))
     second = beta * s * torch.sigmoid(-beta * z)
     # At the threshold itself torch's second derivative is 0.
     return (value, torch.where(linear, 1.0, s), torch.where(beta * z >= threshold, 0.0, second))[: order + 1]

@@ -23,9 +23,9 @@ from torch_gradflow.perceptron.plain import PlainKernel
 if TYPE_CHECKING:
     from torch_gradflow.perceptron.compiled import CompiledPerceptron
 
-# Weights in one layer from which on torch's own backward pass was faster (one thread, N = 1000): 2-50-50-1, with 2,500, took a
-# quarter of its time, 64-256-256-10, with 65,536, 1.1 times, 784-128-10, with 100,352, 1.4 times.
-WIDE_LAYER = 2**14
+# Weights in one layer from which on torch's own backward pass is faster (one thread, N = 1000): 2-200-200-1, with 40,000, took
+# three quarters of its time, 784-32-10, with 25,088, as long, 256-256, with 65,536, 1.1 times, 784-128-10, with 100,352, 1.2.
+WIDE_LAYER = 2**15
 KernelName = Literal["auto", "torch", "numba"]
 
 
@@ -87,20 +87,20 @@ class CompiledKernel:
 
     def hvp(self, phi: Tensor, vectors: Tensor) -> Tensor:
         """H V."""
-        rows = _wide(vectors.T)
-        products = torch.empty_like(rows)
-        self._kernel.hvp(_wide(phi).numpy(), rows.numpy(), products.numpy())
-        return products.T.to(phi.dtype)
+        rows = _wide(vectors.T).numpy()
+        products = np.empty(rows.shape)
+        self._kernel.hvp(_wide(phi).numpy(), rows, products)
+        return torch.from_numpy(products).T.to(phi.dtype)
 
     def loss_gradient_hessian(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L, ∇L and H; networks other than those with one hidden layer and one output in plain torch."""
         if self._plain is not None:
             wide = self._plain.loss_gradient_hessian(_wide(phi))
             return wide[0].to(phi.dtype), wide[1].to(phi.dtype), wide[2].to(phi.dtype)
-        gradient = torch.empty(phi.shape, dtype=torch.float64)
-        hessian = torch.empty(phi.numel(), phi.numel(), dtype=torch.float64)
-        loss = self._kernel.loss_gradient_hessian(_wide(phi).numpy(), gradient.numpy(), hessian.numpy())
-        return torch.tensor(loss, dtype=phi.dtype), gradient.to(phi.dtype), hessian.to(phi.dtype)
+        gradient, hessian = np.empty(phi.shape), np.empty((len(phi), len(phi)))
+        loss = np.array(self._kernel.loss_gradient_hessian(_wide(phi).numpy(), gradient, hessian))
+        value, slope, matrix = (torch.from_numpy(a).to(phi.dtype) for a in (loss, gradient, hessian))
+        return value, slope, matrix
 
 
 def is_wide(network: Perceptron) -> bool:
