@@ -6,7 +6,7 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -577,15 +577,6 @@ for call in calls:
 
 
 # Registration
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    """What a test registers is forgotten after it."""
-    before = set(FORMULAS)
-    yield
-    for name in set(FORMULAS) - before:
-        del FORMULAS[name], REGISTERED[name]
 
 
 @pytest.mark.usefixtures("registry")

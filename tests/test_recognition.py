@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,7 +30,6 @@ from torch_gradflow import (
     minimize,
     register_activation,
 )
-from torch_gradflow.perceptron.activations import FORMULAS, REGISTERED
 
 N = 12
 # What two engines may differ by after a few steps: rounding, and what the choice of steps makes of it.
@@ -1178,15 +1177,6 @@ def test_newton_polish(engine: Any) -> None:
         with pytest.raises(ClosureError, match=f"hardswish {NO_LAYER}"):
             optimizer.step(make_closure(optimizer, other, d.x, d.y))
         assert torch.equal(flat(other), start)
-
-
-@pytest.fixture
-def registry() -> Iterator[None]:
-    """What a test registers is forgotten after it."""
-    before = set(FORMULAS)
-    yield
-    for name in set(FORMULAS) - before:
-        del FORMULAS[name], REGISTERED[name]
 
 
 def wave(z: Tensor) -> Tensor:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from torch_gradflow.checks import check_count
 from torch_gradflow.objectives.base import EvaluationCounts
+from torch_gradflow.objectives.calls import NotRecognised
 from torch_gradflow.objectives.contract import agree, only_rounding
 from torch_gradflow.objectives.function import FunctionObjective
 from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters
 from torch_gradflow.objectives.perceptron import WIDE, PerceptronObjective
-from torch_gradflow.objectives.recognition import NotRecognised, recognise, together
+from torch_gradflow.objectives.recognition import recognise, together
 from torch_gradflow.objectives.record import Recorder, Recording
 from torch_gradflow.objectives.trees import tensors_in, version_of
 from torch_gradflow.perceptron.kernels import is_wide

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from torch_gradflow.objectives.base import EvaluationCounts, Objective
+from torch_gradflow.objectives.calls import NotRecognised
 from torch_gradflow.objectives.contract import agree, only_rounding
 from torch_gradflow.objectives.function import FunctionObjective, SecondDerivatives
 from torch_gradflow.objectives.parameters import ParameterLayout
 from torch_gradflow.objectives.perceptron import WIDE, PerceptronObjective
 from torch_gradflow.objectives.program import Program
-from torch_gradflow.objectives.recognition import NotRecognised, recognise
+from torch_gradflow.objectives.recognition import recognise
 from torch_gradflow.perceptron.kernels import is_wide
 
 Engine = Literal["auto", "perceptron", "replay", "closure"]
@@ -190,7 +191,8 @@ def try_replay(
     known = memory.program is not None and unchanged and not wide
     plain = Replay(None, "", loss, gradient, unchanged)
     differs = ""
-    if engine != "replay" and program.structure not in memory.no_perceptrons:
+    no_perceptron = (known and memory.perceptron is None) or program.structure in memory.no_perceptrons
+    if engine != "replay" and not no_perceptron:
         tried = _try_perceptron(program, theta, plain, layout, memory, counts, known, engine)
         if tried.objective is not None:
             return tried

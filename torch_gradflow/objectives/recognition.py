@@ -16,18 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_gradflow.objectives.calls import NotRecognised, bind, call_name
 from torch_gradflow.objectives.parameters import ParameterLayout
+from torch_gradflow.objectives.polynomials import Expansion
 from torch_gradflow.objectives.program import Call, Program, Slot
 from torch_gradflow.objectives.record import Recorder, Recording
+from torch_gradflow.objectives.targets import Term, class_loss, elementwise_loss, logit_loss
 from torch_gradflow.objectives.trees import leaves_in
 from torch_gradflow.perceptron.activations import IDENTITY, REGISTERED, Activation
 from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
 
 Runs = tuple[tuple[int, Activation], ...]
-
-
-class NotRecognised(Exception):
-    """The program is not the loss of a perceptron, as far as we see; the message names the operation at which it ends."""
 
 
 @dataclass(frozen=True)
@@ -85,24 +84,6 @@ def _read(program: Program, layout: ParameterLayout) -> RecognisedPerceptron:
     return RecognisedPerceptron(chains[0].network(), terms[0].loss, samples, index, frozen, decay)
 
 
-@dataclass(frozen=True)
-class _Term:
-    """Σ_n w_n ℓ(f_n, t_n).
-
-    Attributes:
-        loss: ℓ.
-        output: The slot of what ℓ is applied to.
-        targets: t, one row per sample, or of the output's own shape where ℓ adds up over outputs.
-        weights: A number, or what multiplies ℓ: one number per sample, or of the output's shape.
-        per_element: Whether targets and weights have the output's shape, whatever that is.
-    """
-
-    loss: Loss
-    output: int
-    targets: Callable[[torch.Size], tuple[Tensor, Tensor]]
-    per_element: bool = True
-
-
 @dataclass
 class _Affine:
     """W a + b: where W (transposed or not) and b come from, and what follows."""
@@ -130,38 +111,6 @@ class _Chain:
         return Perceptron(sizes, biases, tuple(layer.runs for layer in self.layers))
 
 
-# Arguments by name: the torch functions' own signatures, as far as they matter.
-_SIGNATURES: dict[str, tuple[str, ...]] = {
-    "linear": ("input", "weight", "bias"),
-    "addmm": ("bias", "input", "weight"),
-    "matmul": ("input", "weight"),
-    "mse_loss": ("input", "target", "size_average", "reduce", "reduction", "weight"),
-    "cross_entropy": (
-        *("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing"),
-    ),
-    "nll_loss": ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction"),
-    "log_softmax": ("input", "dim", "_stacklevel", "dtype"),
-    "binary_cross_entropy_with_logits": (*("input", "target", "weight", "size_average", "reduce", "reduction", "pos_weight"),),
-    "huber_loss": ("input", "target", "reduction", "delta", "weight"),
-    "smooth_l1_loss": ("input", "target", "size_average", "reduce", "reduction", "beta"),
-    "softplus": ("input", "beta", "threshold"),
-    "leaky_relu": ("input", "negative_slope", "inplace"),
-    "elu": ("input", "alpha", "inplace"),
-    "celu": ("input", "alpha", "inplace"),
-    "gelu": ("input", "approximate"),
-}
-_DEFAULTS: dict[str, Any] = {
-    "beta": 1.0,
-    "threshold": 20.0,
-    "negative_slope": 0.01,
-    "alpha": 1.0,
-    "approximate": "none",
-    "reduction": "mean",
-    "ignore_index": -100,
-    "label_smoothing": 0.0,
-    "delta": 1.0,
-}
-_ALIASES = {"mm": "matmul", "__matmul__": "matmul", "leaky_relu_": "leaky_relu", "elu_": "elu", "celu_": "celu"}
 # Activations without parameters, by the names of torch's functions.
 _SIMPLE = {
     **{name: name for name in ("relu", "selu", "silu", "mish", "tanh", "sigmoid", "log_sigmoid", "softsign", "erf")},
@@ -174,22 +123,6 @@ _SIMPLE = {
 _WITH_NUMBERS = {"softplus": ("beta", "threshold"), "leaky_relu": ("negative_slope",), "elu": ("alpha",), "celu": ("alpha",)}
 _RESHAPES = {"reshape", "view", "flatten", "squeeze", "unsqueeze", "ravel", "contiguous", "reshape_as", "view_as"}
 _TRANSPOSES = {"t", "transpose", "swapaxes", "adjoint", "permute"}
-# A polynomial of a higher degree than this is nobody's activation.
-_MOST_COEFFICIENTS = 9
-
-
-def _name(call: Call) -> str:
-    name = getattr(call.function, "__name__", "")
-    if name == "__get__":  # a property
-        name = getattr(getattr(call.function, "__self__", None), "__name__", "")
-    return _ALIASES.get(name, name)
-
-
-def _bind(call: Call) -> dict[str, Any]:
-    """The call's arguments by name."""
-    names = _SIGNATURES[_name(call)]
-    given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
-    return {name: given.get(name, _DEFAULTS.get(name)) for name in names}
 
 
 class _Reader:
@@ -211,10 +144,10 @@ class _Reader:
 
     # Sums of losses
 
-    def terms(self, slot: int, scale: float) -> list[_Term]:
+    def terms(self, slot: int, scale: float) -> list[Term]:
         """The losses of which the value ``slot`` is a linear combination; penalties go to ``decay``."""
         call = self._made(slot)
-        name = _name(call)
+        name = call_name(call)
         penalty = self._penalty(call)
         if penalty is not None:
             index, square = penalty
@@ -235,7 +168,7 @@ class _Reader:
                 return self.terms(self._operand(call), factor * scale)
         if name in ("sum", "mean") and len(call.args) == 1 and not call.kwargs:
             stacked = self._made(self._operand(call))
-            if _name(stacked) == "stack" and isinstance(stacked.args[0], tuple | list) and len(stacked.args) == 1:
+            if call_name(stacked) == "stack" and isinstance(stacked.args[0], tuple | list) and len(stacked.args) == 1:
                 parts = [p for p in stacked.args[0] if isinstance(p, Slot)]
                 if len(parts) == len(stacked.args[0]):
                     each = scale if name == "sum" else scale / len(parts)
@@ -244,14 +177,14 @@ class _Reader:
 
     def _penalty(self, call: Call) -> tuple[int, float] | None:
         """Which parameter's squares are added up or averaged, and the factor; ``p.norm()**2`` too."""
-        name = _name(call)
+        name = call_name(call)
         if name not in ("sum", "mean", "pow", "square") or len(call.inputs) != 1 or call.kwargs or len(call.args) > 2:
             return None
         if name in ("pow", "square"):
             norm = self._maker.get(call.inputs[0])
             squares = name == "square" or call.args[1:] == (2,)
             plain = norm is not None and norm.kwargs.get("p", "fro") in ("fro", 2) and norm.kwargs.get("dim") is None
-            if norm is None or not squares or _name(norm) != "norm" or not plain or len(norm.args) > 1:
+            if norm is None or not squares or call_name(norm) != "norm" or not plain or len(norm.args) > 1:
                 return None
             call = self._made(call.inputs[0])
             return (call.inputs[0], 1.0) if call.inputs[0] < self._n_parameters else None
@@ -260,50 +193,50 @@ class _Reader:
         square = self._maker[call.inputs[0]]
         if len(square.inputs) != 1 or square.inputs[0] >= self._n_parameters or square.kwargs:
             return None
-        itself = _name(square) == "mul" and all(isinstance(a, Slot) for a in square.args)
-        if not (_name(square) == "square" or (_name(square) == "pow" and square.args[1:] == (2,)) or itself):
+        itself = call_name(square) == "mul" and all(isinstance(a, Slot) for a in square.args)
+        if not (call_name(square) == "square" or (call_name(square) == "pow" and square.args[1:] == (2,)) or itself):
             return None
         self._made(call.inputs[0])
         index = square.inputs[0]
         return index, 1.0 if name == "sum" else 1 / max(self._shapes[index].numel(), 1)
 
-    def _term(self, slot: int, scale: float) -> _Term:
+    def _term(self, slot: int, scale: float) -> Term:
         call = self._made(slot)
-        name = _name(call)
+        name = call_name(call)
         if name in ("sum", "mean") and len(call.args) == 1 and not call.kwargs:
             return self._reduced(self._operand(call), name, scale, None)
         if name in _LOSSES:
-            given = _bind(call)
+            given = bind(call)
             if given["reduction"] not in ("mean", "sum"):
                 raise NotRecognised(f"the loss is not a scalar ({name} with reduction={given['reduction']!r})")
             return self._loss(call, given["reduction"], scale, None)
         raise NotRecognised(f"the loss ends with {name}, which is neither a known loss nor the mean or sum of one")
 
-    def _reduced(self, slot: int, reduction: str, scale: float, weights: Tensor | None) -> _Term:
+    def _reduced(self, slot: int, reduction: str, scale: float, weights: Tensor | None) -> Term:
         """The mean or sum of losses per element or per sample."""
         base, coefficients = self._polynomial(slot)
         if base != slot and len(coefficients) == 3 and coefficients[:2] == [0.0, 0.0]:
             return self._residuals(base, reduction, scale * coefficients[2], weights)
         call = self._made(slot)
-        name = _name(call)
+        name = call_name(call)
         if name in ("mul", "__mul__", "__rmul__") and len(call.args) == 2 and not call.kwargs:
             constants = [a for a in call.args if isinstance(a, Tensor)]
             if len(constants) == 1 and weights is None:
                 return self._reduced(self._operand(call), reduction, scale, constants[0])
-        if name in _LOSSES and _bind(call)["reduction"] == "none":
+        if name in _LOSSES and bind(call)["reduction"] == "none":
             return self._loss(call, reduction, scale, weights)
         raise NotRecognised(f"the {reduction} of {name} is not a known loss")
 
-    def _residuals(self, slot: int, reduction: str, scale: float, weights: Tensor | None) -> _Term:
+    def _residuals(self, slot: int, reduction: str, scale: float, weights: Tensor | None) -> Term:
         call = self._made(slot)
-        if _name(call) not in ("sub", "rsub", "__rsub__") or len(call.args) != 2 or call.kwargs:
-            raise NotRecognised(f"what is squared is not a difference of output and target, but comes from {_name(call)}")
+        if call_name(call) not in ("sub", "rsub", "__rsub__") or len(call.args) != 2 or call.kwargs:
+            raise NotRecognised(f"what is squared is not a difference of output and target, but comes from {call_name(call)}")
         output = self._operand(call)
         target = next(a for a in call.args if not isinstance(a, Slot))
-        return _elementwise(Loss("squared error"), output, target, reduction, scale, weights)
+        return elementwise_loss(Loss("squared error"), output, target, reduction, scale, weights)
 
-    def _loss(self, call: Call, reduction: str, scale: float, weights: Tensor | None) -> _Term:
-        name, given = _name(call), _bind(call)
+    def _loss(self, call: Call, reduction: str, scale: float, weights: Tensor | None) -> Term:
+        name, given = call_name(call), bind(call)
         if given.get("size_average") is not None or given.get("reduce") is not None:
             raise NotRecognised(f"{name} is called with size_average or reduce, which torch deprecates")
         sides = [given["input"], given["target"]]
@@ -319,34 +252,34 @@ class _Reader:
             if given.get("weight") is not None:
                 raise NotRecognised(f"{name} is called with weight")
             if name == "mse_loss":
-                return _elementwise(Loss("squared error"), output, target, reduction, scale, weights)
+                return elementwise_loss(Loss("squared error"), output, target, reduction, scale, weights)
             delta = float(given["delta"] if name == "huber_loss" else given["beta"])
             if delta <= 0:
                 raise NotRecognised(f"{name} with a width of {delta} has kinks")
             scale = scale if name == "huber_loss" else scale / delta
-            return _elementwise(Loss("huber", delta), output, target, reduction, scale, weights)
+            return elementwise_loss(Loss("huber", delta), output, target, reduction, scale, weights)
         if name == "binary_cross_entropy_with_logits":
-            return _logits(output, target, given, reduction, scale, weights)
+            return logit_loss(output, target, given, reduction, scale, weights)
         if name == "nll_loss":
             softmax = self._made(output)
-            how = _bind(softmax) if _name(softmax) == "log_softmax" else {}
+            how = bind(softmax) if call_name(softmax) == "log_softmax" else {}
             if how.get("dim") not in (1, -1) or how.get("dtype") is not None:
                 raise NotRecognised("nll_loss is not applied to log_softmax(…, dim=1)")
             output = self._operand(softmax)
             given |= {"label_smoothing": 0.0}
-        return _classes(output, target, given, reduction, scale, weights)
+        return class_loss(output, target, given, reduction, scale, weights)
 
     # Chains of layers
 
-    def chain(self, term: _Term) -> _Chain:
+    def chain(self, term: Term) -> _Chain:
         """The layers from the data to the term's loss."""
         chain = _Chain(loss=term.loss)
         slot, reshapes = term.output, []
-        while _name(self._made(slot)) in _RESHAPES or self._is_column(self._made(slot)):
+        while call_name(self._made(slot)) in _RESHAPES or self._is_column(self._made(slot)):
             reshapes.append(self._made(slot))
             slot = self._operand(self._made(slot))
         if reshapes and not term.per_element:
-            raise NotRecognised(f"{_name(reshapes[0])} stands between the network and a loss over classes")
+            raise NotRecognised(f"{call_name(reshapes[0])} stands between the network and a loss over classes")
         while True:
             while self._does_nothing(self._made(slot)):
                 slot = self._operand(self._made(slot))
@@ -363,7 +296,7 @@ class _Reader:
         chain.samples = self._samples(before, chain, term, reshapes[::-1])
         return chain
 
-    def _samples(self, x: Tensor, chain: _Chain, term: _Term, reshapes: list[Call]) -> Samples:
+    def _samples(self, x: Tensor, chain: _Chain, term: Term, reshapes: list[Call]) -> Samples:
         fan_in, fan_out = chain.layers[0].fan_in, chain.layers[-1].fan_out
         for before, after in zip(chain.layers, chain.layers[1:], strict=False):
             if before.fan_out != after.fan_in:
@@ -376,7 +309,7 @@ class _Reader:
         output = torch.empty(shape, device="meta")
         for call in reshapes:
             if not isinstance(call.args[0] if call.args else None, Slot) or any(isinstance(a, Tensor) for a in call.args):
-                raise NotRecognised(f"{_name(call)} by the shape of a tensor, or with its argument by name")
+                raise NotRecognised(f"{call_name(call)} by the shape of a tensor, or with its argument by name")
             output = call.function(output, *call.args[1:], **call.kwargs)
         if output.numel() != shape.numel() or output.numel() == 0:
             raise NotRecognised("the loss uses a part of the output only, or there are no samples")
@@ -394,14 +327,14 @@ class _Reader:
 
     def _does_nothing(self, call: Call) -> bool:
         """Dropout of a model in evaluation mode."""
-        if _name(call) not in ("dropout", "alpha_dropout"):
+        if call_name(call) not in ("dropout", "alpha_dropout"):
             return False
         given = dict(zip(("input", "p", "training"), call.args, strict=False)) | dict(call.kwargs)
         return given.get("training") is False
 
     def _is_column(self, call: Call) -> bool:
         """``[..., 0]`` of an output with one column; the shape check sees to the rest."""
-        if _name(call) != "__getitem__" or len(call.args) != 2:
+        if call_name(call) != "__getitem__" or len(call.args) != 2:
             return False
         key = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
         plain = all(k is Ellipsis or k is None or (isinstance(k, slice) and k == slice(None)) for k in key[:-1])
@@ -414,7 +347,7 @@ class _Reader:
     def _activation(self, slot: int) -> tuple[Runs, int]:
         """The activation that made the value, and the slot of the pre-activation; runs of length 0 stand for all neurons."""
         call = self._made(slot)
-        name = _name(call)
+        name = call_name(call)
         if name == "cat":
             return self._sliced(call)
         if name in _SIMPLE or name in _WITH_NUMBERS or name == "gelu":
@@ -440,7 +373,7 @@ class _Reader:
         for part in parts:
             ((_, kind),), cut = self._activation(part.index)
             slicing = self._made(cut)
-            key = slicing.args[1] if _name(slicing) == "__getitem__" and len(slicing.args) == 2 else None
+            key = slicing.args[1] if call_name(slicing) == "__getitem__" and len(slicing.args) == 2 else None
             columns = key[-1] if isinstance(key, tuple) and key[:-1] in ((slice(None),), (Ellipsis,)) else None
             before = slicing.args[0] if slicing.args else None
             if not isinstance(columns, slice) or columns.step not in (None, 1) or not isinstance(before, Slot):
@@ -463,20 +396,20 @@ class _Reader:
     def _affine(self, slot: int, *, shared: bool = False) -> tuple[_Affine, Slot | Tensor]:
         """The affine map that made the value, and what it was applied to."""
         call = self._made(slot, shared=shared)
-        name, bias = _name(call), None
+        name, bias = call_name(call), None
         if name in ("add", "__add__", "__radd__") and len(call.args) == 2 and not call.kwargs:
             made = [a for a in call.args if isinstance(a, Slot) and a.index in self._maker]
             rest = [a for a in call.args if not (isinstance(a, Slot) and a.index in self._maker)]
             if len(made) == len(rest) == 1 and isinstance(rest[0], Slot | Tensor):
                 bias, call = rest[0], self._made(made[0].index)
-                name = _name(call)
+                name = call_name(call)
                 if name != "matmul":
                     raise NotRecognised(f"something is added to the result of {name}")
         if name not in ("linear", "addmm", "matmul"):
             raise NotRecognised(f"{name} is neither an affine map nor a known activation")
         if name == "addmm" and set(call.kwargs) & {"alpha", "beta"}:
             raise NotRecognised("addmm is called with alpha or beta")
-        given = _bind(call)
+        given = bind(call)
         bias = given["bias"] if name != "matmul" else bias
         weight, transposed = self._weight(given["weight"], name != "linear")
         shape = self._shape(weight)
@@ -493,7 +426,7 @@ class _Reader:
         """W, and whether it stands there as its transpose."""
         while isinstance(weight, Slot) and weight.index >= self._n_parameters:
             call = self._made(weight.index)
-            name = _name(call)
+            name = call_name(call)
             if name not in ("T", "mT", *_TRANSPOSES) or (name == "permute" and call.args[1:] not in ((1, 0), ((1, 0),))):
                 raise NotRecognised(f"a weight matrix is made by {name}")
             weight, transposed = call.args[0], not transposed
@@ -505,7 +438,7 @@ class _Reader:
         if isinstance(leaf, Tensor):
             return tuple(leaf.shape)
         if leaf.index >= self._n_parameters:
-            raise NotRecognised(f"a bias is made by {_name(self._maker[leaf.index])}")
+            raise NotRecognised(f"a bias is made by {call_name(self._maker[leaf.index])}")
         return tuple(self._shapes[leaf.index])
 
     # Tools
@@ -516,23 +449,23 @@ class _Reader:
         if call is None:
             raise NotRecognised("a parameter enters the loss by itself (a penalty)")
         if call.obstacle or not call.grad_enabled or call.autocast is not None or len(call.outputs) != 1:
-            raise NotRecognised(f"{_name(call)} runs under no_grad or autocast, or has several results")
-        if call.in_place and _name(call).strip("_") not in _IN_PLACE:
-            raise NotRecognised(f"{_name(call)} writes in place")
+            raise NotRecognised(f"{call_name(call)} runs under no_grad or autocast, or has several results")
+        if call.in_place and call_name(call).strip("_") not in _IN_PLACE:
+            raise NotRecognised(f"{call_name(call)} writes in place")
         if not shared and self._uses.get(slot, 0) != 1:
-            raise NotRecognised(f"the result of {_name(call)} is used {self._uses.get(slot, 0)} times")
+            raise NotRecognised(f"the result of {call_name(call)} is used {self._uses.get(slot, 0)} times")
         return call
 
     def _operand(self, call: Call) -> int:
         """The one value among the arguments that depends on the parameters."""
         slots = [leaf.index for leaf in leaves_in((call.args, call.kwargs)) if isinstance(leaf, Slot)]
         if len(slots) != 1:
-            raise NotRecognised(f"{_name(call)} has {len(slots)} arguments that depend on the parameters")
+            raise NotRecognised(f"{call_name(call)} has {len(slots)} arguments that depend on the parameters")
         return slots[0]
 
     def _polynomial(self, slot: int) -> tuple[int, list[float]]:
         """The value as a polynomial of another one, by the coefficients, ascending; of itself where it is none."""
-        expansion = _Expansion(self._maker, self._n_parameters)
+        expansion = Expansion(self._maker, self._n_parameters)
         base, coefficients = expansion.of(slot)
         if base == slot or not self._closed(slot, base, expansion.inside(slot, base)):
             return slot, [0.0, 1.0]
@@ -562,7 +495,7 @@ class _Reader:
         one, other = makers.get(wanted.index), self._maker.get(found.index)
         if one is None or other is None:
             return one is None  # the template's input may be anything
-        if _name(one) != _name(other) or other.in_place or not other.grad_enabled:
+        if call_name(one) != call_name(other) or other.in_place or not other.grad_enabled:
             return False
         left, right = list(leaves_in((one.args, one.kwargs))), list(leaves_in((other.args, other.kwargs)))
         return len(left) == len(right) and all(self._equal(a, b, makers, pairs) for a, b in zip(left, right, strict=True))
@@ -578,86 +511,6 @@ class _Reader:
         return all(uses.get(s, 0) == self._uses.get(s, 0) for s in {*inside, base} - {slot})
 
 
-class _Expansion:
-    """Values as polynomials of others."""
-
-    def __init__(self, maker: Mapping[int, Call], n_parameters: int) -> None:
-        self._maker, self._n_parameters = maker, n_parameters
-
-    def of(self, slot: int) -> tuple[int, list[float]]:
-        """The deepest value of which this one is a polynomial, and its coefficients."""
-        call = self._maker.get(slot)
-        if call is None or call.in_place or call.kwargs or not call.grad_enabled or call.autocast is not None:
-            return slot, [0.0, 1.0]
-        name = _name(call)
-        numbers = [isinstance(a, int | float) and not isinstance(a, bool) for a in call.args]
-        rule = _POLYNOMIAL.get(name)
-        if rule is None or not all(n or isinstance(a, Slot) for n, a in zip(numbers, call.args, strict=True)):
-            return slot, [0.0, 1.0]
-        polynomials = [self.of(a.index) for a in call.args if isinstance(a, Slot)]
-        bases = {base for base, _ in polynomials}
-        if len(bases) != 1 or any(base < self._n_parameters for base in bases):
-            return slot, [0.0, 1.0]
-        of_slots = iter(polynomials)
-        values = [[float(a)] if n else next(of_slots)[1] for n, a in zip(numbers, call.args, strict=True)]
-        coefficients = rule(*values) if 1 <= len(values) <= 2 else None
-        if coefficients is None or len(coefficients) > _MOST_COEFFICIENTS:
-            return slot, [0.0, 1.0]
-        return bases.pop(), coefficients
-
-    def inside(self, slot: int, base: int) -> set[int]:
-        """The values between ``base`` and ``slot``."""
-        found: set[int] = set()
-        pending = [slot]
-        while pending:
-            call = self._maker[pending.pop()]
-            for leaf in leaves_in(call.args):
-                if isinstance(leaf, Slot) and leaf.index != base and leaf.index not in found:
-                    found.add(leaf.index)
-                    pending.append(leaf.index)
-        return found
-
-
-def _plus(a: list[float], b: list[float]) -> list[float]:
-    n = max(len(a), len(b))
-    return [(a[i] if i < len(a) else 0.0) + (b[i] if i < len(b) else 0.0) for i in range(n)]
-
-
-def _times(a: list[float], b: list[float]) -> list[float]:
-    product = [0.0] * (len(a) + len(b) - 1)
-    for i, x in enumerate(a):
-        for j, y in enumerate(b):
-            product[i + j] += x * y
-    return product
-
-
-def _power(a: list[float], exponent: list[float]) -> list[float] | None:
-    if len(exponent) != 1 or exponent[0] not in (1.0, 2.0, 3.0, 4.0, 5.0, 6.0):
-        return None
-    result = a
-    for _ in range(int(exponent[0]) - 1):
-        result = _times(result, a)
-    return result
-
-
-def _quotient(a: list[float], b: list[float]) -> list[float] | None:
-    return [x / b[0] for x in a] if len(b) == 1 and b[0] != 0 else None
-
-
-def _minus(a: list[float], b: list[float]) -> list[float]:
-    return _plus(a, [-x for x in b])
-
-
-_POLYNOMIAL: dict[str, Callable[..., list[float] | None]] = {
-    **dict.fromkeys(("add", "__add__", "__radd__"), _plus),
-    "sub": _minus,
-    **dict.fromkeys(("rsub", "__rsub__"), lambda a, b: _minus(b, a)),
-    **dict.fromkeys(("mul", "__mul__", "__rmul__"), _times),
-    **dict.fromkeys(("div", "true_divide"), _quotient),
-    **dict.fromkeys(("pow", "__pow__"), _power),
-    "square": lambda a: _times(a, a),
-    "neg": lambda a: [-x for x in a],
-}
 _LOSSES = frozenset(
     {"mse_loss", "cross_entropy", "nll_loss", "binary_cross_entropy_with_logits", "huber_loss", "smooth_l1_loss"}
 )
@@ -684,10 +537,10 @@ def _number(value: Any) -> float | None:
 
 def _named(call: Call, name: str) -> Activation:
     if name == "gelu":
-        return Activation("gelu_tanh" if _bind(call)["approximate"] == "tanh" else "gelu")
+        return Activation("gelu_tanh" if bind(call)["approximate"] == "tanh" else "gelu")
     if name in _SIMPLE:
         return Activation(_SIMPLE[name])
-    given = _bind(call)
+    given = bind(call)
     if name == "celu" and not _is_float32(1 / given["alpha"]):
         raise NotRecognised("torch rounds 1/alpha of celu to float32 in its derivative")
     return Activation(name, tuple(float(given[key]) for key in _WITH_NUMBERS[name]))
@@ -695,94 +548,6 @@ def _named(call: Call, name: str) -> Activation:
 
 def _is_float32(number: float) -> bool:
     return float(torch.tensor(number, dtype=torch.float32)) == number
-
-
-def _elementwise(loss: Loss, output: int, target: Any, reduction: str, scale: float, weights: Tensor | None) -> _Term:
-    """A loss that adds up over the output's elements, whose target has the same shape."""
-
-    def targets(shape: torch.Size) -> tuple[Tensor, Tensor]:
-        if not isinstance(target, Tensor) or not target.is_floating_point():
-            raise NotRecognised("the target is not a tensor of numbers")
-        if target.shape != shape:
-            raise NotRecognised(f"the output has the shape {tuple(shape)} and the target another, {tuple(target.shape)}")
-        return target.unsqueeze(0), _weights(weights, shape, reduction, scale, target)
-
-    return _Term(loss, output, targets)
-
-
-def _logits(output: int, target: Any, given: Mapping[str, Any], reduction: str, scale: float, weights: Tensor | None) -> _Term:
-    """Binary cross entropy of logits: w (p y log(1 + exp −f) + (1 − y) log(1 + exp f)) with the weight p of positives."""
-
-    def targets(shape: torch.Size) -> tuple[Tensor, Tensor]:
-        if not isinstance(target, Tensor) or target.shape != shape:
-            raise NotRecognised("the target has another shape than the output")
-        factors = [given["weight"], given["pos_weight"]]
-        if any(isinstance(f, Slot) for f in factors):
-            raise NotRecognised("weights of the loss depend on the parameters")
-        one = torch.ones_like(target)
-        weight, positive = (one if f is None else f for f in factors)
-        yes, no = weight * positive * target, weight * (1 - target)
-        if bool((yes < 0).any()) or bool((no < 0).any()):
-            raise NotRecognised("a target of binary_cross_entropy_with_logits is not between 0 and 1")
-        both = torch.stack([yes.expand(shape), no.expand(shape)])
-        return both, _weights(weights, shape, reduction, scale, target)
-
-    return _Term(Loss("binary cross entropy"), output, targets)
-
-
-def _classes(
-    output: int, target: Any, given: Mapping[str, Any], reduction: str, scale: float, weights: Tensor | None
-) -> _Term:
-    """Cross entropy over classes, by index or by probability."""
-
-    def targets(shape: torch.Size) -> tuple[Tensor, Tensor]:
-        n_classes, smoothing = shape[-1], float(given["label_smoothing"])
-        by_class = given["weight"]
-        if not isinstance(target, Tensor) or len(shape) != 2 or isinstance(by_class, Slot):
-            raise NotRecognised("the target of cross_entropy is not one class, or one probability per class, for each sample")
-        if target.is_floating_point():
-            if target.shape != shape:
-                raise NotRecognised("the target has another shape than the output")
-            probabilities, used = target, torch.ones(shape[0], dtype=torch.bool, device=target.device)
-            counted = used.to(torch.float64)  # products of booleans with numbers would be of torch's default type
-        else:
-            if target.shape != shape[:1]:
-                raise NotRecognised("the target has not one class per sample")
-            used = target != given["ignore_index"]
-            classes = torch.where(used, target, 0).long()
-            counted = used.to(torch.float64) * (1.0 if by_class is None else by_class[classes])
-            probabilities = torch.nn.functional.one_hot(classes, n_classes) * used[:, None].to(torch.float64)
-        if smoothing:
-            probabilities = (1 - smoothing) * probabilities + smoothing / n_classes * used[:, None].to(torch.float64)
-        if by_class is not None:
-            probabilities = probabilities * by_class
-        if bool((probabilities < 0).any()):
-            raise NotRecognised("a target of cross_entropy is negative")
-        # Means are over weights of the classes; where losses are first had per sample, over samples.
-        per_sample = given["reduction"] == "none"
-        total = float(shape[0]) if per_sample else float(counted.sum())
-        if total == 0:
-            raise NotRecognised("no sample counts")
-        factor = scale / total if reduction == "mean" else scale
-        w = torch.full((shape[0],), factor, dtype=probabilities.dtype, device=probabilities.device)
-        if weights is not None:
-            if weights.shape not in (torch.Size(()), shape[:1]):
-                raise NotRecognised("losses per sample are multiplied with a tensor of another shape")
-            w = w * weights
-        return probabilities, w
-
-    return _Term(Loss("cross entropy"), output, targets, per_element=False)
-
-
-def _weights(weights: Tensor | None, shape: torch.Size, reduction: str, scale: float, like: Tensor) -> Tensor:
-    """What multiplies the loss of each element, broadcast to the output's shape."""
-    factor = scale / max(shape.numel(), 1) if reduction == "mean" else scale
-    if weights is None:
-        return torch.full((1,) * len(shape), factor, dtype=torch.float64, device=like.device)
-    try:
-        return (weights.to(torch.float64) * factor).expand(shape)
-    except RuntimeError:
-        raise NotRecognised("losses are multiplied with a tensor of another shape") from None
 
 
 @cache
