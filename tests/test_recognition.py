@@ -241,6 +241,9 @@ RECOGNISED: dict[str, Callable[[Data], Problem]] = {
     "residual times itself": of_one(residual_times_itself),
     "square": of_one(lambda m, d: torch.square(m(d.x) - d.y).mean()),
     "negative of negative": of_one(lambda m, d: F.mse_loss(m(d.x), d.y).neg().neg()),
+    "penalties from a tensor that is zero": of_one(
+        lambda m, d: F.mse_loss(m(d.x), d.y) + 0.1 * sum(((p**2).sum() for p in m.parameters()), start=torch.zeros(()))
+    ),
     "squeezed": of_one(lambda m, d: F.mse_loss(m(d.x).squeeze(-1), d.y[:, 0])),
     "column": of_one(lambda m, d: F.mse_loss(m(d.x)[:, 0], d.y[:, 0])),
     "column by ellipsis": of_one(lambda m, d: F.mse_loss(m(d.x)[..., 0], d.y[:, 0])),

@@ -159,7 +159,7 @@ class _Reader:
             for sign, part in zip(signs, call.args, strict=True):
                 if isinstance(part, Slot):
                     terms += self.terms(part.index, sign * scale)
-                elif part != 0:
+                elif _number(part) != 0:
                     raise NotRecognised(f"a number or tensor is added to the loss ({name})")
             return terms
         if name in ("mul", "__mul__", "__rmul__", "div", "true_divide", "neg") and not call.kwargs:
