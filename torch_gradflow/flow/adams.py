@@ -19,6 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from torch_gradflow.flow.control import first_step_size, require_finite
+
 Verdict = Literal["accepted", "rejected", "confirmed", "changed"]
 
 MAX_ORDER = 3
@@ -102,7 +104,7 @@ def begin(
     if step_size is None:
         step_size = first_step_size(theta, gradient, cap=cap, rtol=rtol, atol=atol)
     else:
-        _require_finite(float(gradient.abs().amax()))
+        require_finite(float(gradient.abs().amax()))
     theta, gradients = theta.detach().clone(), gradient.detach().clone()[None]
     return AdamsState(t, theta, (t,), gradients, 1, _capped(step_size, cap), step_size, 0, restless, 0.0)
 
@@ -158,29 +160,6 @@ def advance(state: AdamsState, gradient: Tensor, *, cap: float, rtol: float, ato
     step_size = min(first_step_size(theta, gradient, cap=cap, rtol=rtol, atol=atol), min(factor, MAX_GROWTH) * state.proposed)
     fresh = _restart(state.t + state.proposed, theta, gradient, step_size, cap, n_calls, state.jump)
     return fresh, "accepted" if error <= 1 else "changed"
-
-
-def first_step_size(theta: Tensor, gradient: Tensor, *, cap: float, rtol: float, atol: float) -> float:
-    """A step that moves θ by √rtol/2 of its size: all that can be said while nothing is known of curvature.
-
-    A step of order 1 that moves θ by a fraction δ has a local error of δ²/2 of θ's size if the gradient changes at the
-    rate at which θ does (dθ/dt = −λθ): an eighth of the tolerance. Sizes are largest components, where a component of θ
-    has at least the size at which the absolute tolerance takes over, atol/rtol.
-
-    Args:
-        theta: θ, shape ``(P,)``.
-        gradient: ∇L there, shape ``(P,)``.
-        cap: The longest step allowed: the result where the gradient is zero, or θ has no size.
-        rtol: Relative tolerance.
-        atol: Absolute tolerance.
-
-    Raises:
-        FloatingPointError: If the gradient is not finite.
-    """
-    largest, steepest = torch.stack([theta.abs().amax(), gradient.abs().amax()]).tolist()
-    _require_finite(steepest)
-    increment = 0.5 * math.sqrt(rtol) * (largest + atol / rtol)
-    return min(cap, increment / steepest) if increment and steepest else cap
 
 
 def explicit_weights(ages: Sequence[float]) -> list[float]:
@@ -280,7 +259,7 @@ def _compare(state: AdamsState, gradient: Tensor, cap: float, rtol: float, atol:
     """Whether the gradient at the accepted point is still the one that was kept, up to rounding."""
     kept = state.gradients[0]
     size, difference = torch.stack([kept.abs().amax(), (gradient - kept).abs().amax()]).tolist()
-    _require_finite(difference)
+    require_finite(difference)
     if difference <= torch.finfo(kept.dtype).eps ** 0.55 * size:
         return replace(state, proposed=_capped(state.step_size, cap), restless=False, jump=0.0), "confirmed"
     step_size = min(first_step_size(state.theta, gradient, cap=cap, rtol=rtol, atol=atol), state.step_size)
@@ -298,14 +277,6 @@ def _restart(
 
 def _capped(step_size: float, cap: float) -> float:
     return cap if step_size >= (1 - HAIR) * cap else step_size
-
-
-def _require_finite(size: float) -> None:
-    if not math.isfinite(size):
-        raise FloatingPointError(
-            "The gradient is not finite at the point that the flow stands at, so no shorter step can help: restore "
-            "parameters at which the loss and its gradient are finite, or change the loss."
-        )
 
 
 def _combination(weights: Sequence[float], gradients: Tensor) -> Tensor:

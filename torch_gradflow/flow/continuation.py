@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from torch_gradflow.flow.dense import HermiteWindow
-from torch_gradflow.flow.explicit import ExplicitMethod, RunEnd
+from torch_gradflow.flow.method import Arrival, FlowMethod, Memory, RunEnd, Span, n_evaluations
 from torch_gradflow.flow.solution import Knot
 from torch_gradflow.objectives.base import Objective
 
@@ -30,12 +30,14 @@ class Continuation:
     Attributes:
         here: The present point, with loss and gradient.
         step_size: The controller's next step size, None at the very start.
-        window: Accepted points around and ahead of the present, or None.
+        window: Accepted points around and ahead of the present, through which slopes interpolate, or None.
+        memory: That of a method with memory, whose newest point is the present or ahead of it, or None.
     """
 
     here: Knot
     step_size: float | None
     window: HermiteWindow | None
+    memory: Memory | None = None
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Piece:
 
 
 def advance(
-    method: ExplicitMethod,
+    method: FlowMethod,
     objective: Objective,
     state: Continuation,
     duration: float,
@@ -80,45 +82,35 @@ def advance(
     target = state.here.t + duration
     n_accepted = n_rejected = 0
     if ahead:
-        window, step_size = state.window, state.step_size
-        spent, reached = objective.counts.n_grad, [state.here]
+        ready, step_size = state, state.step_size
+        spent, reached = n_evaluations(objective.counts), [state.here]
 
         def reach(knot: Knot) -> None:
             reached.append(knot)
             on_accept(knot)
 
-        if window is None or not window.covers(target):
-            window, end = _extend(method, objective, state, target, rtol, atol, max_evals, reach)
+        if not _covers(state, target):
+            ready, end = _extend(method, objective, state, target, rtol, atol, max_evals, reach)
             step_size, n_accepted, n_rejected = end.step_size, end.n_accepted, end.n_rejected
-        if window is not None:
-            here = point_between(method, objective, window, target, rtol, atol)
-            return Piece(Continuation(here, step_size, window), "t_end", n_accepted, n_rejected, None)
+        if _covers(ready, target):
+            here = _at(method, objective, ready, target, rtol, atol)
+            return Piece(replace(ready, here=here, step_size=step_size), "t_end", n_accepted, n_rejected, None)
         # Running ahead failed somewhere: go on, as far as this piece needs, from the last point on the way.
-        max_evals -= objective.counts.n_grad - spent
+        max_evals -= n_evaluations(objective.counts) - spent
         state = Continuation(reached[-1], step_size, None)
         if max_evals <= 0:
             end = replace(end, status="max_evals", knot=reached[-1])
             return Piece(state, end.status, n_accepted, n_rejected, end)
 
-    def visit(knot: Knot, _: float) -> bool:
-        on_accept(knot)
+    def visit(arrival: Arrival) -> bool:
+        on_accept(arrival.knot)
         return False
 
-    end = method.run(
-        objective,
-        state.here,
-        target,
-        rtol=rtol,
-        atol=atol,
-        step_size=state.step_size,
-        visit=visit,
-        max_evals=max_evals,
-    )
-    here = end.knot
-    if not method.first_same_as_last and end.n_accepted:
-        here = replace_gradient(here, objective)
+    memory = state.memory if state.memory is not None and state.memory.times[0] == state.here.t else None
+    end = method.run(objective, state.here, Span(target, rtol, atol, state.step_size, max_evals), visit, memory)
+    here = replace_gradient(end.knot, objective) if end.approximate else end.knot
     return Piece(
-        Continuation(here, end.step_size or state.step_size, None),
+        Continuation(here, end.step_size or state.step_size, None, end.memory),
         end.status,
         n_accepted + end.n_accepted,
         n_rejected + end.n_rejected,
@@ -127,7 +119,7 @@ def advance(
 
 
 def point_between(
-    method: ExplicitMethod, objective: Objective, window: HermiteWindow, t: float, rtol: float, atol: float
+    method: FlowMethod, objective: Objective, window: HermiteWindow, t: float, rtol: float, atol: float
 ) -> Knot:
     """The flow at t within a window, with loss and gradient.
 
@@ -146,19 +138,10 @@ def point_between(
     if float(defect.square().mean().sqrt()) <= ALLOWED_DEFECT:
         return polynomial
     start = Knot(window.times[i], window.theta[i], loss, window.gradient[i])
-    end = method.run(
-        objective,
-        start,
-        t,
-        rtol=rtol,
-        atol=atol,
-        step_size=t - start.t,
-        visit=lambda knot, step_size: False,
-        max_evals=1000,
-    )
+    end = method.run(objective, start, Span(t, rtol, atol, t - start.t, 1000), lambda arrival: False)
     if end.status != "t_end":
         return polynomial
-    return end.knot if method.first_same_as_last else replace_gradient(end.knot, objective)
+    return replace_gradient(end.knot, objective) if end.approximate else end.knot
 
 
 def replace_gradient(knot: Knot, objective: Objective) -> Knot:
@@ -167,8 +150,20 @@ def replace_gradient(knot: Knot, objective: Objective) -> Knot:
     return replace(knot, loss=loss, gradient=gradient)
 
 
+def _covers(state: Continuation, t: float) -> bool:
+    return (state.memory is not None and state.memory.covers(t)) or (state.window is not None and state.window.covers(t))
+
+
+def _at(method: FlowMethod, objective: Objective, state: Continuation, t: float, rtol: float, atol: float) -> Knot:
+    if state.memory is not None and state.memory.covers(t):
+        theta = state.memory(t)
+        return Knot(t, theta, *objective.loss_and_gradient(theta))
+    assert state.window is not None
+    return point_between(method, objective, state.window, t, rtol, atol)
+
+
 def _extend(
-    method: ExplicitMethod,
+    method: FlowMethod,
     objective: Objective,
     state: Continuation,
     target: float,
@@ -176,29 +171,25 @@ def _extend(
     atol: float,
     max_evals: float,
     on_accept: Callable[[Knot], None],
-) -> tuple[HermiteWindow | None, RunEnd]:
-    """Steps of natural size until ``n_knots`` points are there and the last one lies at or past the target."""
+) -> tuple[Continuation, RunEnd]:
+    """Steps of natural size until they cover the target: one past it, and ``n_knots`` points where slopes interpolate."""
     knots = [state.here] if state.window is None else _knots(state.window, state.here.loss)
+    if state.memory is not None:
+        # Loss and gradient at the newest point are not looked at, where there is a memory.
+        knots = [replace(state.here, t=state.memory.times[0], theta=state.memory.theta[0])]
 
-    def visit(knot: Knot, step_size: float) -> bool:
-        knots.append(knot)
-        if state.here.t < knot.t <= target:
-            on_accept(knot)
-        return knot.t >= target and len(knots) >= method.n_knots
+    def visit(arrival: Arrival) -> bool:
+        knots.append(arrival.knot)
+        if state.here.t < arrival.knot.t <= target:
+            on_accept(arrival.knot)
+        return arrival.knot.t >= target and (arrival.interpolant is not None or len(knots) >= method.n_knots)
 
-    end = method.run(
-        objective,
-        knots[-1],
-        math.inf,
-        rtol=rtol,
-        atol=atol,
-        step_size=state.step_size,
-        visit=visit,
-        max_evals=max_evals,
-    )
+    span = Span(math.inf, rtol, atol, state.step_size, max_evals)
+    end = method.run(objective, knots[-1], span, visit, state.memory)
     if end.status != "visit":
-        return None, end
-    return HermiteWindow.through(knots[-method.n_knots :]), end
+        return replace(state, window=None, memory=None), end
+    window = None if end.memory is not None else HermiteWindow.through(knots[-method.n_knots :])
+    return replace(state, window=window, memory=end.memory), end
 
 
 def _knots(window: HermiteWindow, loss: Tensor) -> list[Knot]:

@@ -1,8 +1,9 @@
-"""Values between accepted points: Hermite interpolation through θ and dθ/dt."""
+"""Values between accepted points: Hermite interpolation through θ and dθ/dt, or Lagrange interpolation through θ alone."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -82,3 +83,13 @@ class HermiteWindow:
         while last < n - 1 and self.times[last + 1] - self.times[last] >= shortest:
             last += 1
         return slice(first, last + 1)
+
+
+def lagrange_weights(t: float, nodes: Sequence[float]) -> list[float]:
+    """The values at t of the Lagrange polynomials of distinct nodes."""
+    return [math.prod((t - other) / (own - other) for j, other in enumerate(nodes) if j != i) for i, own in enumerate(nodes)]
+
+
+def polynomial(t: float, times: Sequence[float], theta: Tensor) -> Tensor:
+    """The value at t of the polynomial through the first ``len(times)`` rows of theta, shape ``(P,)``."""
+    return theta.new_tensor(lagrange_weights(t, times)) @ theta[: len(times)]

@@ -10,45 +10,23 @@ assertion (step-size underflow, non-finite values) becomes a status with the las
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from torch_gradflow.flow.method import Arrival, Derivative, FlowMethod, Memory, RunEnd, RunStatus, Span, Visit, n_evaluations
 from torch_gradflow.flow.solution import Knot
 from torch_gradflow.objectives.base import Objective
 
 # Trial steps into regions without finite values after which a flow that hardly advances any more is given up.
 PATIENCE = 40
-# Called with an accepted point and the step size to come; True ends the run there.
-Visit = Callable[[Knot, float], bool]
-RunStatus = Literal["t_end", "visit", "max_evals", "underflow", "not finite"]
 
 
 @dataclass(frozen=True)
-class RunEnd:
-    """How a run ended.
-
-    Attributes:
-        status: "t_end", "visit" (the visitor stopped it), "max_evals", "underflow" or "not finite".
-        knot: The last accepted point.
-        step_size: The step size that the controller would take next.
-        n_accepted: Accepted steps.
-        n_rejected: Rejected steps.
-    """
-
-    status: RunStatus
-    knot: Knot
-    step_size: float
-    n_accepted: int
-    n_rejected: int
-
-
-@dataclass(frozen=True)
-class ExplicitMethod:
+class ExplicitMethod(FlowMethod):
     """One of torchdiffeq's adaptive methods.
 
     Attributes:
@@ -64,68 +42,48 @@ class ExplicitMethod:
     order: int
     first_same_as_last: bool
     n_knots: int
+    n_points: int = 0
+    needs: Derivative = "gradient"
 
-    def run(
-        self,
-        objective: Objective,
-        start: Knot,
-        t_end: float,
-        *,
-        rtol: float,
-        atol: float,
-        step_size: float | None,
-        visit: Visit,
-        max_evals: float = math.inf,
-        max_step: float = math.inf,
-    ) -> RunEnd:
-        """Integrate dθ/dt = −∇L(θ) from ``start`` to exactly ``t_end``, which may be infinite.
-
-        Args:
-            objective: L.
-            start: The first point, with its loss and gradient.
-            t_end: Where to end.
-            rtol: Relative tolerance of the local error, in torchdiffeq's root-mean-square norm.
-            atol: Absolute tolerance.
-            step_size: The first step size to try; None lets torchdiffeq choose it (one more gradient).
-            visit: Called at each accepted point but the one at ``t_end``.
-            max_evals: Gradients that may be spent; checked before each step.
-            max_step: The longest step.
-        """
-        state = _Run(self, objective, start, visit, max_evals, step_size)
+    def run(self, objective: Objective, start: Knot, span: Span, visit: Visit, memory: Memory | None = None) -> RunEnd:
+        """See ``FlowMethod``; ``step_size=None`` lets torchdiffeq choose the first step, with one more gradient."""
+        state = _Run(self, objective, start, visit, span)
         failures: list[float] = []
         while True:
-            end = self._segment(state, t_end, rtol, atol, max_step)
+            end = self._segment(state, span)
             if end != "not finite":
-                return RunEnd(end, state.knot, state.step_size or 0.0, state.n_accepted, state.n_rejected)
+                return state.end(end)
             # A trial step left the region where L is finite: try again from the last accepted point, shorter.
             state.n_rejected += 1
             failures.append(state.knot.t)
             if len(failures) > PATIENCE and failures[-1] - failures[-PATIENCE] <= 1e-3 * (failures[-1] - start.t):
-                return RunEnd("not finite", state.knot, state.step_size or 0.0, state.n_accepted, state.n_rejected)
+                return state.end("not finite")
             state.step_size = 0.2 * (state.tried if state.tried > 0 else state.step_size or 1.0)
             if state.knot.t + state.step_size * 1e-3 == state.knot.t or state.step_size < 1e-300:
-                return RunEnd("not finite", state.knot, state.step_size, state.n_accepted, state.n_rejected)
+                return state.end("not finite")
 
-    def _segment(self, state: _Run, t_end: float, rtol: float, atol: float, max_step: float) -> RunStatus:
+    def _segment(self, state: _Run, span: Span) -> RunStatus:
         device = state.knot.theta.device
         time_dtype = torch.float32 if device.type == "mps" else torch.float64
         state.begin_segment()
-        length = t_end - state.knot.t
+        length = span.t_end - state.knot.t
         times = torch.tensor([0.0, length], dtype=time_dtype, device=device)
-        options: dict[str, Any] = {"dtype": time_dtype, "max_step": max_step}
+        options: dict[str, Any] = {"dtype": time_dtype, "max_step": span.max_step}
         if math.isfinite(length):
             options["step_t"] = times[1:]
         if state.step_size:
             options["first_step"] = min(state.step_size, length)
         try:
             with torch.no_grad():
-                path = odeint(state, state.knot.theta, times, rtol=rtol, atol=atol, method=self.name, options=options)
+                path = odeint(
+                    state, state.knot.theta, times, rtol=span.rtol, atol=span.atol, method=self.name, options=options
+                )
         except _EndOfSegment as end:
             return end.status
         if not bool(torch.isfinite(state.last.loss)) or not bool(torch.isfinite(state.last.gradient).all()):
             state.n_accepted -= 1
             return "not finite"
-        state.accept(path[-1] if not self.first_same_as_last else state.last.theta, t_end)
+        state.accept(path[-1] if not self.first_same_as_last else state.last.theta, span.t_end)
         return "t_end"
 
 
@@ -140,28 +98,25 @@ class _EndOfSegment(Exception):
 class _Run:
     """The right-hand side −∇L as torchdiffeq calls it, with torchdiffeq's callbacks."""
 
-    def __init__(
-        self,
-        method: ExplicitMethod,
-        objective: Objective,
-        start: Knot,
-        visit: Visit,
-        max_evals: float,
-        step_size: float | None,
-    ) -> None:
+    def __init__(self, method: ExplicitMethod, objective: Objective, start: Knot, visit: Visit, span: Span) -> None:
         self.knot = start
         self.last = start
-        self.step_size = step_size
+        self.step_size = span.step_size
         self.tried = 0.0
         self.n_accepted = 0
         self.n_rejected = 0
         self._method = method
         self._objective = objective
         self._visit = visit
-        self._limit = objective.counts.n_grad + max_evals
+        self._limit = n_evaluations(objective.counts) + span.max_evals
         self._origin = start.t
         self._first = True
         self._accepted = False
+
+    def end(self, status: RunStatus) -> RunEnd:
+        """How the run ended."""
+        approximate = self.n_accepted > 0 and not self._method.first_same_as_last
+        return RunEnd(status, self.knot, self.step_size or 0.0, self.n_accepted, self.n_rejected, approximate)
 
     def begin_segment(self) -> None:
         """Start again from the last accepted point."""
@@ -190,7 +145,8 @@ class _Run:
                 self.n_accepted -= 1
                 raise _EndOfSegment("not finite")
             self.accept(theta, self._origin + float(t0))
-            if step_size > 0 and self._visit(self.knot, step_size):
+            arrival = Arrival(self.knot, step_size, None, not self._method.first_same_as_last, self._method.name)
+            if step_size > 0 and self._visit(arrival):
                 self.step_size = step_size
                 raise _EndOfSegment("visit")
         # torchdiffeq's controller turns a NaN error estimate into a step size of zero.
@@ -199,7 +155,7 @@ class _Run:
         self.step_size = self.tried = step_size
         if self._origin + float(t0) + step_size == self._origin + float(t0):
             raise _EndOfSegment("underflow")
-        if self._objective.counts.n_grad >= self._limit:
+        if n_evaluations(self._objective.counts) >= self._limit:
             raise _EndOfSegment("max_evals")
 
     def callback_accept_step(self, t0: Tensor, theta: Tensor, dt: Tensor) -> None:
@@ -222,16 +178,3 @@ METHODS = {
         ExplicitMethod("adaptive_heun", 2, False, 2),
     )
 }
-
-
-def find_method(name: str) -> ExplicitMethod:
-    """The method of that name; "auto" is dopri5, the best of torchdiffeq's at the tolerances 1e-4 to 1e-8.
-
-    Raises:
-        ValueError: For an unknown name.
-    """
-    if name == "auto":
-        return METHODS["dopri5"]
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"method must be 'auto' or one of {', '.join(map(repr, METHODS))}, not {name!r}.")
-    return METHODS[name]

@@ -15,9 +15,11 @@ from torch import Tensor
 from torch_gradflow.checks import check_count, check_number
 from torch_gradflow.flow.continuation import point_between, replace_gradient
 from torch_gradflow.flow.dense import HermiteWindow
-from torch_gradflow.flow.explicit import ExplicitMethod, RunEnd, find_method
+from torch_gradflow.flow.energy import dissipation_error
+from torch_gradflow.flow.method import Arrival, FlowMethod, Interpolant, RunEnd, Span
+from torch_gradflow.flow.methods import find_method
 from torch_gradflow.flow.progress import Progress, as_progress, check_progress
-from torch_gradflow.flow.solution import FlowReport, FlowSolution, Knot, Status
+from torch_gradflow.flow.solution import Choice, FlowReport, FlowSolution, Knot, Status
 from torch_gradflow.flow.stopping import StoppingRule, begin_all
 from torch_gradflow.objectives.base import Objective, check_start
 
@@ -140,11 +142,11 @@ class FlowRun:
         if step_size is not None:
             check_number("step_size", step_size, above=0.0)
         self._t0, self._t_end = _check_span(t_span)
-        self.method: ExplicitMethod = find_method(method)
+        self.method: FlowMethod = find_method(method)
         self._rtol, self._atol, self.warning = tolerances(rtol, atol, objective.resolution)
         self._t_eval = _check_t_eval(t_eval, self._t0, self._t_end)
         self._stop_check = begin_all(stop)
-        self._max_evals = math.inf if max_evals is None else max_evals
+        self._max_evals: float = math.inf if max_evals is None else max_evals
         self._step_size = step_size
         self._progress = as_progress(progress, self._t_end)
         self._objective = objective
@@ -156,7 +158,12 @@ class FlowRun:
             raise FloatingPointError(f"loss {float(loss)} or its gradient is not finite at theta0; start elsewhere.")
         first = Knot(self._t0, theta0.detach().clone(), loss, gradient)
         self.last = first
-        self._recent = [first]
+        self._approximate = False
+        # The last accepted points that interpolate by their slopes, each with whether its slope is approximate.
+        self._recent: list[tuple[Knot, bool]] = [(first, False)]
+        self._between_steps = self.method
+        self._energy: list[tuple[float, float, float]] = []
+        self._note_energy(first)
         self._samples: list[Knot] = []
         self._next_eval = 0
         self._next_sample = -math.inf
@@ -166,7 +173,7 @@ class FlowRun:
         self.status: Status = "interrupted"
         self.message = "Interrupted before the first step."
         if self._t_eval is None:
-            self._keep(first)
+            self._keep(first, False)
 
     def run(self) -> None:
         """Integrate; KeyboardInterrupt ends it, any other exception is raised after the state was made consistent."""
@@ -176,10 +183,11 @@ class FlowRun:
                 self.status, self.message = "stopped", reason
                 return
             end = self._integrate()
-            self.last, self._end, self._step_size = end.knot, end, end.step_size
-            if not self.method.first_same_as_last and end.n_accepted:
-                self.last = replace_gradient(end.knot, self._objective)
+            self._end, self._step_size = end, end.step_size
+            self.last = replace_gradient(end.knot, self._objective) if end.approximate else end.knot
+            self._approximate = False
             self._n_accepted = end.n_accepted
+            self._note_energy(self.last)
             self._sample_end()
             self.status, self.message = self._describe(end)
         except KeyboardInterrupt:
@@ -215,73 +223,108 @@ class FlowRun:
             message=self.message,
             method=self.method.name,
             step_size=self._step_size or 0.0,
+            dissipation_error=dissipation_error(self._energy),
+            choices=self.choices,
         )
+
+    @property
+    def choices(self) -> tuple[Choice, ...]:
+        """What "auto" chose so far."""
+        return () if self._end is None else self._end.choices
 
     def _integrate(self) -> RunEnd:
         if self._t_end == self._t0:
             return RunEnd("t_end", self.last, self._step_size or 0.0, 0, 0)
-        return self.method.run(
-            self._objective,
-            self.last,
+        n_knots = self.method.n_knots
+        span = Span(
             self._t_end,
-            rtol=self._rtol,
-            atol=self._atol,
-            step_size=self._step_size,
-            visit=self._visit,
-            max_evals=self._max_evals,
+            self._rtol,
+            self._atol,
+            self._step_size,
+            self._max_evals,
             # Enough accepted points to interpolate through.
-            max_step=math.inf if self._t_eval is None else (self._t_end - self._t0) / self.method.n_knots,
+            math.inf if self._t_eval is None or not n_knots else (self._t_end - self._t0) / n_knots,
         )
+        return self.method.run(self._objective, self.last, span, self._visit)
 
-    def _visit(self, knot: Knot, step_size: float) -> bool:
-        self.last = knot
+    def _visit(self, arrival: Arrival) -> bool:
+        previous, self.last, self._approximate = self.last, arrival.knot, arrival.approximate
         self._n_accepted += 1
-        self._step_size = step_size
-        self._sample(knot)
-        report = self._report(knot, step_size)
+        self._step_size = arrival.step_size
+        self._note_energy(arrival.knot)
+        self._sample(arrival, previous)
+        report = self._report(arrival.knot, arrival.step_size)
         self._progress.update(report)
         reason = self._stop_check(report)
+        if reason is not None and arrival.approximate:
+            self._make_exact()
+            reason = self._stop_check(self._report(self.last, arrival.step_size))
         self._stopped_by = reason or ""
         return reason is not None
 
-    def _sample(self, knot: Knot) -> None:
+    def _make_exact(self) -> None:
+        if self._approximate:
+            self.last, self._approximate = replace_gradient(self.last, self._objective), False
+
+    def _note_energy(self, knot: Knot) -> None:
+        self._energy.append((knot.t, float(knot.loss), float(knot.gradient @ knot.gradient)))
+
+    def _sample(self, arrival: Arrival, previous: Knot) -> None:
+        knot = arrival.knot
         if self._t_eval is None:
             if knot.t >= self._next_sample:
-                self._keep(knot)
-            return
-        self._recent = [*self._recent, knot][-self.method.n_knots :]
-        if len(self._recent) == self.method.n_knots:
-            self._interpolate_up_to(knot.t)
+                self._keep(knot, arrival.approximate)
+        elif arrival.interpolant is not None:
+            self._interpolate_up_to(previous.t)
+            self._evaluate_up_to(knot.t, arrival.interpolant)
+            self._recent = [(knot, arrival.approximate)]
+        else:
+            self._between_steps = find_method(arrival.method)
+            n_knots = self._between_steps.n_knots
+            self._recent = [*self._recent, (knot, arrival.approximate)][-n_knots:]
+            if len(self._recent) == n_knots:
+                self._interpolate_up_to(knot.t)
 
     def _sample_end(self) -> None:
         """Samples up to the last accepted point, which closes the solution."""
         if self._t_eval is None:
             if self._samples[-1].t != self.last.t:
-                self._keep(self.last)
-        else:
-            if self._recent[-1].t != self.last.t:
-                self._recent = [*self._recent, self.last][-self.method.n_knots :]
-            self._interpolate_up_to(self.last.t)
+                self._keep(self.last, self._approximate)
+            return
+        before = self._recent[-1][0]
+        if self._end is not None and self._end.interpolant is not None:
+            self._interpolate_up_to(before.t)
+            self._evaluate_up_to(self.last.t, self._end.interpolant)
+        elif before.t != self.last.t:
+            self._recent = [*self._recent, (self.last, self._approximate)][-max(2, self._between_steps.n_knots) :]
+        self._interpolate_up_to(self.last.t)
+
+    def _evaluate_up_to(self, t: float, interpolant: Interpolant) -> None:
+        assert self._t_eval is not None
+        while self._next_eval < len(self._t_eval) and self._t_eval[self._next_eval] <= t:
+            at = self._t_eval[self._next_eval]
+            theta = self.last.theta if at == self.last.t else interpolant(at)
+            self._samples.append(Knot(at, theta, *self._objective.loss_and_gradient(theta)))
+            self._next_eval += 1
 
     def _interpolate_up_to(self, t: float) -> None:
         assert self._t_eval is not None
         while self._next_eval < len(self._t_eval) and self._t_eval[self._next_eval] <= t:
             at = self._t_eval[self._next_eval]
-            exact = [knot for knot in self._recent if knot.t == at]
-            if exact and (self.method.first_same_as_last or exact[0].t == self._t0):
-                self._samples.append(exact[0])
+            exact = [(knot, approximate) for knot, approximate in self._recent if knot.t == at]
+            if exact:
+                knot, approximate = exact[0]
+                self._samples.append(replace_gradient(knot, self._objective) if approximate else knot)
             else:
-                self._samples.append(replace_gradient(exact[0], self._objective) if exact else self._between(at))
+                self._samples.append(self._between(at))
             self._next_eval += 1
 
     def _between(self, t: float) -> Knot:
-        window = HermiteWindow.through(self._recent)
-        return point_between(self.method, self._objective, window, t, self._rtol, self._atol)
+        window = HermiteWindow.through([knot for knot, _ in self._recent])
+        return point_between(self._between_steps, self._objective, window, t, self._rtol, self._atol)
 
-    def _keep(self, knot: Knot) -> None:
-        if not self.method.first_same_as_last and knot.t != self._t0:
-            knot = replace_gradient(knot, self._objective)
-        self._samples.append(knot)
+    def _keep(self, knot: Knot, approximate: bool) -> None:
+        self._samples.append(replace_gradient(knot, self._objective) if approximate else knot)
         elapsed = knot.t - self._t0
         self._next_sample = self._t0 + elapsed * 10 ** (1 / SAMPLES_PER_DECADE) if elapsed > 0 else self._t0
 

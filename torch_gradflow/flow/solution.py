@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,21 @@ class Knot:
     theta: Tensor
     loss: Tensor
     gradient: Tensor
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A method that "auto" chose.
+
+    Attributes:
+        t: Flow time from which on it served.
+        method: Its name.
+        reason: Why.
+    """
+
+    t: float
+    method: str
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -68,6 +84,9 @@ class FlowSolution:
         message: The same as a sentence.
         method: The integrator.
         step_size: The step size that would have come next.
+        dissipation_error: How far what the loss lost is from ∫‖∇L‖² dt along the accepted points, relative; see
+            ``torch_gradflow.flow.energy``.
+        choices: What "auto" chose, when and why.
     """
 
     t: Tensor
@@ -83,3 +102,5 @@ class FlowSolution:
     message: str
     method: str
     step_size: float
+    dissipation_error: float = math.nan
+    choices: tuple[Choice, ...] = ()

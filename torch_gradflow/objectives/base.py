@@ -58,6 +58,11 @@ class Objective(ABC):
     def hessian(self, theta: Tensor) -> Tensor:
         """The dense, symmetric H(θ) of shape ``(P, P)``."""
 
+    def loss_gradient_hessian(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L(θ), ∇L(θ) and H(θ); where they come in one pass, counted as one Hessian."""
+        loss, gradient = self.loss_and_gradient(theta)
+        return loss, gradient, self.hessian(theta)
+
 
 def check_start(objective: Objective, theta0: Tensor) -> None:
     """Check that ``theta0`` is a point of ``objective``.

@@ -85,8 +85,16 @@ class Regularized(Objective):
 
     def hessian(self, theta: Tensor) -> Tensor:
         """∇²F(θ)."""
+        return self._add_hessian(theta, self._base.hessian(theta))
+
+    def loss_gradient_hessian(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """F(θ), ∇F(θ) and ∇²F(θ)."""
+        loss, gradient, hessian = self._base.loss_gradient_hessian(theta)
+        return *self._penalties.add(theta, loss, gradient), self._add_hessian(theta, hessian)
+
+    def _add_hessian(self, theta: Tensor, hessian: Tensor) -> Tensor:
         eye = torch.eye(self.n_parameters, dtype=self.dtype, device=self.device)
-        return self._penalties.add_products(theta, self._base.hessian(theta), eye)
+        return self._penalties.add_products(theta, hessian, eye)
 
 
 class Rescaled(Objective):
@@ -123,3 +131,8 @@ class Rescaled(Objective):
     def hessian(self, theta: Tensor) -> Tensor:
         """D^½ H D^½."""
         return self._root[:, None] * self._base.hessian(self._root * theta) * self._root
+
+    def loss_gradient_hessian(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L, D^½ ∇L and D^½ H D^½."""
+        loss, gradient, hessian = self._base.loss_gradient_hessian(self._root * theta)
+        return loss, self._root * gradient, self._root[:, None] * hessian * self._root

@@ -16,8 +16,9 @@ from torch_gradflow.checks import check_count, check_number
 from torch_gradflow.flow import adams
 from torch_gradflow.flow.adams import AdamsState
 from torch_gradflow.flow.continuation import Continuation, Piece, advance
-from torch_gradflow.flow.explicit import ExplicitMethod, find_method
 from torch_gradflow.flow.integrate import FlowRun, check_arguments, failure_message, tolerances
+from torch_gradflow.flow.method import FlowMethod
+from torch_gradflow.flow.methods import find_method
 from torch_gradflow.flow.progress import Progress
 from torch_gradflow.flow.solution import FlowReport, FlowSolution, Knot
 from torch_gradflow.flow.stopping import StoppingRule
@@ -142,7 +143,7 @@ class GradientFlow(ClosureOptimizer):
         record: bool = True,
         max_evals: int = 10_000,
     ) -> None:
-        self._method: ExplicitMethod = find_method(method)
+        self._method: FlowMethod = find_method(method)
         check_count("max_evals", max_evals)
         self._rtol, self._atol, self._max_evals = rtol, atol, max_evals
         # The flow's own numbers stand in the groups, where state_dict and checkpoints keep them.
