@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from torch_gradflow.flow import explicit
+from torch_gradflow.flow.bdf import Bdf
 from torch_gradflow.flow.method import FlowMethod
 
-METHODS: dict[str, FlowMethod] = {**explicit.METHODS}
+METHODS: dict[str, FlowMethod] = {
+    **explicit.METHODS,
+    "bdf": Bdf(),
+}
 
 
 def find_method(name: str) -> FlowMethod:

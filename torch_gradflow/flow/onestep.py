@@ -32,10 +32,12 @@ class Trial:
     Attributes:
         theta: θ at its end, shape ``(P,)``.
         error: Its estimated error in units of the tolerance; ``inf`` if it is none.
+        slope: L(θ) and ∇L(θ), where the estimate took them; else None.
     """
 
     theta: Tensor
     error: float
+    slope: tuple[Tensor, Tensor] | None = None
 
 
 class Stepper(ABC):
@@ -48,6 +50,13 @@ class Stepper(ABC):
     @abstractmethod
     def numbers(self) -> tuple[float, ...]:
         """What it would have to remember to go on as if it had not been stopped."""
+
+    def curvature(self) -> Tensor | None:
+        """What it would have to remember besides, see ``Memory.curvature``."""
+        return None
+
+    def recall(self, curvature: Tensor) -> None:
+        """Go on with the ``curvature`` of an earlier stepper."""
 
 
 class OneStepMethod(FlowMethod):
@@ -72,6 +81,8 @@ class OneStepMethod(FlowMethod):
             previous, *rest = memory.numbers
             control, kept = Controller(self.estimate + 1, previous or None), tuple(rest)
         stepper = self.begin(objective, span, kept)
+        if kept and memory is not None and memory.curvature is not None:
+            stepper.recall(memory.curvature)
         limit = n_evaluations(objective.counts) + span.max_evals
         h = span.step_size or first_step_size(
             start.theta, start.gradient, cap=span.t_end - start.t, rtol=span.rtol, atol=span.atol
@@ -113,7 +124,7 @@ class OneStepMethod(FlowMethod):
         """The end of a step whose error is small enough, with its gradient; None if that is not finite."""
         if not trial.error <= 1:
             return None
-        loss, gradient = objective.loss_and_gradient(trial.theta)
+        loss, gradient = trial.slope or objective.loss_and_gradient(trial.theta)
         if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(gradient).all()):
             return None
         return Knot(t, trial.theta, loss, gradient)
@@ -123,4 +134,5 @@ class OneStepMethod(FlowMethod):
 
 
 def _remember(here: Knot, control: Controller, stepper: Stepper) -> Memory:
-    return Memory((here.t,), here.theta[None], 0, None, (control.previous or 0.0, *stepper.numbers()))
+    numbers = (control.previous or 0.0, *stepper.numbers())
+    return Memory((here.t,), here.theta[None], 0, stepper.curvature(), numbers)
