@@ -90,6 +90,37 @@ def lagrange_weights(t: float, nodes: Sequence[float]) -> list[float]:
     return [math.prod((t - other) / (own - other) for j, other in enumerate(nodes) if j != i) for i, own in enumerate(nodes)]
 
 
-def polynomial(t: float, times: Sequence[float], theta: Tensor) -> Tensor:
-    """The value at t of the polynomial through the first ``len(times)`` rows of theta, shape ``(P,)``."""
+@dataclass(frozen=True)
+class Clock:
+    """Logarithmic time τ = log(1 + (t − origin)/unit), in which the polynomials of the method are drawn.
+
+    A flow that settles goes through its changes in equal steps of log t, and polynomials in τ follow that for longer: on T33
+    steps are a quarter fewer at equal error than with polynomials in t. Over steps short against t the two are the same. In τ
+    the flow is dθ/dτ = −(dt/dτ) ∇L(θ), a gradient flow at another speed.
+
+    Attributes:
+        origin: Where the flow began.
+        unit: The time below which τ is linear in t.
+    """
+
+    origin: float
+    unit: float
+
+    def of(self, t: float) -> float:
+        """τ(t)."""
+        return math.log1p((t - self.origin) / self.unit)
+
+    def rate(self, t: float) -> float:
+        """dτ/dt."""
+        return 1 / (t - self.origin + self.unit)
+
+    def after(self, t: float, step: float) -> float:
+        """The time from t on that a step in τ takes."""
+        return math.expm1(step) * (t - self.origin + self.unit)
+
+
+def polynomial(t: float, times: Sequence[float], theta: Tensor, clock: Clock | None = None) -> Tensor:
+    """The value at t of the polynomial, in the clock's time, through the first ``len(times)`` rows of theta; ``(P,)``."""
+    if clock is not None:
+        t, times = clock.of(t), [clock.of(own) for own in times]
     return theta.new_tensor(lagrange_weights(t, times)) @ theta[: len(times)]

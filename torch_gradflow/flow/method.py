@@ -10,7 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from torch_gradflow.flow.dense import polynomial
+from torch_gradflow.flow.dense import Clock, polynomial
 from torch_gradflow.flow.solution import Choice, Knot
 from torch_gradflow.objectives.base import EvaluationCounts, Objective
 
@@ -59,6 +59,7 @@ class Memory:
         degree: Between the two newest points the polynomial of this degree through the newest ones is the solution.
         curvature: What is known of the Hessian, shape ``(n, P)``, shared and never written to; or None.
         numbers: Order and the like, as the method needs.
+        clock: The time in which that polynomial is one; None for t itself.
     """
 
     times: tuple[float, ...]
@@ -66,6 +67,7 @@ class Memory:
     degree: int
     curvature: Tensor | None
     numbers: tuple[float, ...]
+    clock: Clock | None = None
 
     def covers(self, t: float) -> bool:
         """Whether t lies between the two newest points."""
@@ -73,7 +75,7 @@ class Memory:
 
     def __call__(self, t: float) -> Tensor:
         """θ(t) there, shape ``(P,)``."""
-        return polynomial(t, self.times[: self.degree + 1], self.theta)
+        return polynomial(t, self.times[: self.degree + 1], self.theta, self.clock)
 
 
 @dataclass(frozen=True)

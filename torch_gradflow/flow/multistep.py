@@ -123,4 +123,4 @@ class OrderControl:
 
 
 def _factor(error: float, order: int) -> float:
-    return SAFETY * max(error, 1e-8) ** (-1 / (order + 1))
+    return SAFETY * math.pow(max(error, 1e-8), -1 / (order + 1))

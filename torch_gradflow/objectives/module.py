@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch_gradflow.objectives.contract import agree, only_rounding
 from torch_gradflow.objectives.function import FunctionObjective
 from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters
 from torch_gradflow.objectives.perceptron import WIDE, PerceptronObjective
-from torch_gradflow.objectives.recognition import recognise, together
+from torch_gradflow.objectives.recognition import joined, recognise
 from torch_gradflow.objectives.record import Recorder, Recording
 from torch_gradflow.objectives.trees import tensors_in, version_of
 from torch_gradflow.perceptron.kernels import is_wide
@@ -30,8 +30,8 @@ class ModuleObjective(FunctionObjective):
     """L(θ) = loss_fn(model_θ(x), y) over all data, accumulated chunk by chunk.
 
     Where model and loss are recognised as those of a multi-layer perceptron, and the data are tensors, loss and derivatives
-    come in closed form (``torch_gradflow.objectives.perceptron``). Data, buffers and frozen parameters that torch writes to
-    afterwards are read anew; what numpy writes into a tensor's memory is not noticed.
+    come in closed form (``torch_gradflow.objectives.perceptron``). Data, buffers, frozen parameters and weights in the loss
+    that torch writes to afterwards are read anew; what numpy writes into a tensor's memory is not noticed.
 
     θ are the model's parameters that require gradients, in the order of ``model.named_parameters()``. The model is not
     changed; it computes in the mode (training or evaluation) in which it is.
@@ -105,7 +105,8 @@ class ModuleObjective(FunctionObjective):
         self._in_memory = isinstance(data, tuple)
         self._asked = engine
         frozen = [p for p in model.parameters() if not p.requires_grad]
-        self._watched = [*(tensors_in(data) if self._in_memory else ()), *model.buffers(), *frozen]
+        self._given = [*(tensors_in(data) if self._in_memory else ()), *model.buffers(), *frozen]
+        self._watched = self._given
         self._state: list[Any] = []
         self._perceptron: PerceptronObjective | None = None
         self.engine, self.engine_reason = "torch.func", "engine='torch.func' was asked for"
@@ -127,6 +128,11 @@ class ModuleObjective(FunctionObjective):
         fast = self._fast()
         return super().hessian(theta) if fast is None else fast.hessian(theta)
 
+    def loss_gradient_hessian(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L(θ), ∇L(θ) and H(θ)."""
+        fast = self._fast()
+        return super().loss_gradient_hessian(theta) if fast is None else fast.loss_gradient_hessian(theta)
+
     def _fast(self) -> PerceptronObjective | None:
         """The closed form, for the data as they are now."""
         if self._perceptron is not None and self._state != self._present():
@@ -134,14 +140,17 @@ class ModuleObjective(FunctionObjective):
         return self._perceptron
 
     def _present(self) -> list[Any]:
-        """What the closed form was made from: the model's parts, and how often its tensors and the data were written to."""
-        return [*((id(m), m.training) for m in self._model.modules()), *(version_of(t) for t in self._watched)]
+        """What the closed form was made from: the model's parts, and how often the tensors that it used were written to."""
+        return [*((m, m.training) for m in self._model.modules()), *(version_of(t) for t in self._watched)]
 
     def _recognise(self) -> None:
         """Look for the closed form, and compare it with torch's loss and gradient."""
-        self._perceptron, self._state = None, self._present()
+        self._perceptron = None
         try:
-            objective = self._closed_form()
+            objective, used = self._closed_form()
+            # Those alive are the user's (weights of the loss, say): what was only made in between, nobody writes to.
+            self._watched = [*self._given, *(tensor for reference in used if (tensor := reference()) is not None)]
+            self._state = self._present()
             theta = self.initial_theta()
             found, wanted = objective.loss_and_gradient(theta), super().loss_and_gradient(theta)
             self.counts.n_grad -= 2
@@ -157,10 +166,11 @@ class ModuleObjective(FunctionObjective):
             return
         self._perceptron, self.engine, self.engine_reason = objective, "perceptron", ""
 
-    def _closed_form(self) -> PerceptronObjective:
+    def _closed_form(self) -> tuple[PerceptronObjective, list[weakref.ref[Tensor]]]:
+        """The closed form, and the tensors that loss and model used, or of which they used views."""
         if not self._in_memory or any(dtype != self.layout.dtype for dtype in self.layout.dtypes):
             raise NotRecognised("the data are not tensors, or θ is wider than the parameters")
-        parts = []
+        parts, used = [], []
         for x, y in self._chunks():
             x, y = _to(x, self.layout.device), _to(y, self.layout.device)
             recording = Recording(self._parameters)
@@ -171,12 +181,10 @@ class ModuleObjective(FunctionObjective):
             if program is None or recording.doubts:
                 raise NotRecognised("; ".join(recording.doubts) or "the loss does not depend on the parameters")
             parts.append(recognise(program, self.layout))
-        if any((p.network, p.loss) != (parts[0].network, parts[0].loss) for p in parts):
-            raise NotRecognised("the chunks differ in their operations")
+            used += [weakref.ref(t if t._base is None else t._base) for t, _ in program.constants]
         if self._asked == "auto" and is_wide(parts[0].network):
             raise NotRecognised(WIDE)
-        samples = together([p.samples for p in parts])
-        return PerceptronObjective.of(replace(parts[0], samples=samples), self.layout.dtype, counts=self.counts)
+        return PerceptronObjective.of(joined(parts), self.layout.dtype, counts=self.counts), used
 
     def initial_theta(self) -> Tensor:
         """The model's present parameters, shape ``(P,)``."""
