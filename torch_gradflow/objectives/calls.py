@@ -37,6 +37,13 @@ _DEFAULTS: dict[str, Any] = {
     "label_smoothing": 0.0,
     "delta": 1.0,
 }
+# Functions that give their argument's elements in the same order, in another shape.
+RESHAPES = frozenset({"reshape", "view", "flatten", "squeeze", "unsqueeze", "ravel", "contiguous", "reshape_as", "view_as"})
+# Functions that drop elements at random, and whether they do so unless told otherwise.
+_DROPOUTS = {
+    **dict.fromkeys(("dropout", "dropout_", "dropout1d", "dropout2d", "dropout3d", "feature_dropout"), True),
+    **dict.fromkeys(("alpha_dropout", "feature_alpha_dropout"), False),
+}
 _ALIASES = {"mm": "matmul", "__matmul__": "matmul", "leaky_relu_": "leaky_relu", "elu_": "elu", "celu_": "celu"}
 
 
@@ -57,3 +64,18 @@ def bind(call: Call) -> dict[str, Any]:
     names = _SIGNATURES[call_name(call)]
     given = dict(zip(names, call.args, strict=False)) | dict(call.kwargs)
     return {name: given.get(name, _DEFAULTS.get(name)) for name in names}
+
+
+def is_plain(call: Call) -> bool:
+    """Whether it has one result, writes nothing in place, and runs under no special mode."""
+    modes = call.grad_enabled and call.autocast is None
+    return modes and not call.obstacle and not call.in_place and len(call.outputs) == 1
+
+
+def does_nothing(call: Call) -> bool:
+    """Whether the result is the argument itself: dropout in evaluation mode, or with probability 0."""
+    name = call_name(call)
+    if name not in _DROPOUTS or not is_plain(call) or len(call.inputs) != 1:
+        return False
+    given = dict(zip(("input", "p", "training"), call.args, strict=False)) | dict(call.kwargs)
+    return given.get("training", _DROPOUTS[name]) is False or given.get("p", 0.5) == 0

@@ -462,13 +462,13 @@ class Recording:
         part_of = _parts(self._calls, len(self._linked), n_parameters)
         alive = {part_of[slot] for _, slot in self._names.values() if slot >= n_parameters}
         alive.update(part_of[loss.slot] for loss in self._losses)
-        kept = [call for call in self._calls if any(part_of[slot] in alive for slot in call.outputs)]
+        kept = [call for call in self._calls if any(part_of[slot] in alive for slot in (*call.outputs, *call.inputs))]
         self._most_calls = 2 * len(kept) + _SPARE_CALLS
         if len(kept) == len(self._calls) and len(kept) <= MAX_CALLS:
             self._most_bytes = 2 * self._n_bytes + _SPARE_BYTES
             return
         before = self._calls[: self._n_at_backward]
-        self._n_at_backward = sum(any(part_of[slot] in alive for slot in call.outputs) for call in before)
+        self._n_at_backward = sum(any(part_of[slot] in alive for slot in (*call.outputs, *call.inputs)) for call in before)
         used = {id(t) for call in kept for t in tensors_in((call.args, call.kwargs))}
         self._remarks = [r for r in self._remarks if r.slot is None or part_of[r.slot] in alive]
         self._calls = self._renumber(kept)
@@ -516,7 +516,7 @@ class Recording:
         if self._loop:
             part_of = _parts(calls, len(self._linked), len(self._parameters))
             own = {part_of[loss.slot] for loss in losses}
-            calls = [call for call in calls if any(part_of[slot] in own for slot in call.outputs)]
+            calls = [call for call in calls if any(part_of[slot] in own for slot in (*call.outputs, *call.inputs))]
         needed = _needed(calls, losses)
         obstacles = [call.obstacle for call in needed if call.obstacle]
         # Where a call writes in place, aliases may hide what is needed: then nothing is left out.

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from torch_gradflow.objectives.calls import NotRecognised
 from torch_gradflow.objectives.program import Slot
+from torch_gradflow.objectives.reductions import Reduction
 from torch_gradflow.perceptron.architecture import Loss
 
 
@@ -33,7 +34,7 @@ class Term:
     per_element: bool = True
 
 
-def elementwise_loss(loss: Loss, output: int, target: Any, reduction: str, scale: float, weights: Tensor | None) -> Term:
+def elementwise_loss(loss: Loss, output: int, target: Any, reduction: Reduction) -> Term:
     """A loss that adds up over the output's elements, whose target has the same shape."""
 
     def targets(shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -41,14 +42,12 @@ def elementwise_loss(loss: Loss, output: int, target: Any, reduction: str, scale
             raise NotRecognised("the target is not a tensor of numbers")
         if target.shape != shape:
             raise NotRecognised(f"the output has the shape {tuple(shape)} and the target another, {tuple(target.shape)}")
-        return target.unsqueeze(0), _weights(weights, shape, reduction, scale, target)
+        return target.unsqueeze(0), reduction.weights(shape, shape.numel(), target.device)
 
     return Term(loss, output, targets)
 
 
-def logit_loss(
-    output: int, target: Any, given: Mapping[str, Any], reduction: str, scale: float, weights: Tensor | None
-) -> Term:
+def logit_loss(output: int, target: Any, given: Mapping[str, Any], reduction: Reduction) -> Term:
     """Binary cross entropy of logits: w (p y log(1 + exp −f) + (1 − y) log(1 + exp f)) with the weight p of positives."""
 
     def targets(shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -63,14 +62,12 @@ def logit_loss(
         if bool((yes < 0).any()) or bool((no < 0).any()):
             raise NotRecognised("a target of binary_cross_entropy_with_logits is not between 0 and 1")
         both = torch.stack([yes.expand(shape), no.expand(shape)])
-        return both, _weights(weights, shape, reduction, scale, target)
+        return both, reduction.weights(shape, shape.numel(), target.device)
 
     return Term(Loss("binary cross entropy"), output, targets)
 
 
-def class_loss(
-    output: int, target: Any, given: Mapping[str, Any], reduction: str, scale: float, weights: Tensor | None
-) -> Term:
+def class_loss(output: int, target: Any, given: Mapping[str, Any], reduction: Reduction) -> Term:
     """Cross entropy over classes, by index or by probability."""
 
     def targets(shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -96,28 +93,9 @@ def class_loss(
             probabilities = probabilities * by_class
         if bool((probabilities < 0).any()):
             raise NotRecognised("a target of cross_entropy is negative")
-        # Means are over weights of the classes; where losses are first had per sample, over samples.
-        per_sample = given["reduction"] == "none"
-        total = float(shape[0]) if per_sample else float(counted.sum())
+        total = float(counted.sum())  # the loss function's own mean is over the weights of the classes
         if total == 0:
             raise NotRecognised("no sample counts")
-        factor = scale / total if reduction == "mean" else scale
-        w = torch.full((shape[0],), factor, dtype=probabilities.dtype, device=probabilities.device)
-        if weights is not None:
-            if weights.shape not in (torch.Size(()), shape[:1]):
-                raise NotRecognised("losses per sample are multiplied with a tensor of another shape")
-            w = w * weights
-        return probabilities, w
+        return probabilities, reduction.weights(shape[:1], total, target.device).expand(shape[:1])
 
     return Term(Loss("cross entropy"), output, targets, per_element=False)
-
-
-def _weights(weights: Tensor | None, shape: torch.Size, reduction: str, scale: float, like: Tensor) -> Tensor:
-    """What multiplies the loss of each element, broadcast to the output's shape."""
-    factor = scale / max(shape.numel(), 1) if reduction == "mean" else scale
-    if weights is None:
-        return torch.full((1,) * len(shape), factor, dtype=torch.float64, device=like.device)
-    try:
-        return (weights.to(torch.float64) * factor).expand(shape)
-    except RuntimeError:
-        raise NotRecognised("losses are multiplied with a tensor of another shape") from None
