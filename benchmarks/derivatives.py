@@ -230,14 +230,13 @@ def gradients(problem: Problem) -> Candidates:
 
 
 def compiled_alone(problem: Problem) -> Candidate | None:
-    """The compiled gradient on arrays, without any tensors; None where it does not serve."""
+    """The compiled gradient without the objective, into tensors that exist; None where it does not serve."""
     kernel = problem.objective("auto")._kernel
     if not isinstance(kernel, CompiledKernel):
         return None
-    phi = problem.phi.double().numpy()
-    gradient = torch.empty(problem.phi.shape, dtype=torch.float64)
-    array, call = gradient.numpy(), kernel._kernel.loss_and_gradient
-    return Candidate(lambda: call(phi, array), lambda _: gradient[None].to(problem.network.dtype))
+    phi, call = problem.phi.double(), kernel._kernel.loss_and_gradient
+    loss, gradient = torch.empty((), dtype=torch.float64), torch.empty_like(phi)
+    return Candidate(lambda: call(phi, gradient, loss), lambda _: gradient[None].to(problem.network.dtype))
 
 
 def hessians(problem: Problem, limit: float) -> Candidates:

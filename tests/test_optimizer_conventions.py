@@ -563,11 +563,11 @@ def test_numbers_read_with_item_are_noticed_on_every_step() -> None:
 def test_maximize_ascends() -> None:
     """Maximising −L is minimising L, step for step."""
     model, x, y = problem()
-    optimizer = GradientFlow(model.parameters(), lr=0.5, rtol=RTOL, maximize=True)
+    optimizer = GradientFlow(model.parameters(), lr=0.5, method="dopri5", rtol=RTOL, maximize=True)
     closure = make_closure(optimizer, model, x, y, lambda prediction, target: -nn.functional.mse_loss(prediction, target))
     loss = optimizer.step(closure)
     optimizer.step(closure)
-    twin, twin_optimizer, twin_closure = started(0.5)
+    twin, twin_optimizer, twin_closure = started(0.5, method="dopri5")
     run(twin_optimizer, twin_closure, twin, 2)
     assert loss.item() < 0
     assert distance(flat(model), flat(twin)) < 1e-14
@@ -709,7 +709,7 @@ def test_steps_end_where_integrate_does(method: str, rtol: float, bound: float, 
 
 def test_stats_say_what_a_step_did() -> None:
     """Engine, method, loss and gradient at the end, status, and running totals."""
-    model, optimizer, closure = started(0.5)
+    model, optimizer, closure = started(0.5, method="dopri5")
     _, x, y = problem()
     start = nn.functional.mse_loss(model(x), y).item()
     assert optimizer.stats.status == ""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -156,7 +158,7 @@ def make_problem(
 def problems(draw: st.DrawFn) -> Problem:
     """Networks of all kinds. Polynomials stay in the last hidden layer: higher powers are ill-conditioned, not wrong."""
     depth = draw(st.integers(1, 4))
-    sizes = (*draw(st.lists(st.integers(1, 9), min_size=depth, max_size=depth)), draw(st.integers(1, 4)))
+    sizes = (*draw(st.lists(st.integers(1, 9), min_size=depth, max_size=depth)), draw(st.integers(1, 5)))
     biases = tuple(draw(st.lists(st.booleans(), min_size=depth, max_size=depth)))
     tame = sorted(set(KNOWN) - UNBOUNDED)
     activations = []
@@ -225,10 +227,11 @@ def test_numbers_of_samples(n: int, kernel: str) -> None:
     """Around the lengths of vectors and chunks."""
     assert_exact(make_problem((3, 6, 1), "softplus", n=n), kernel)
     assert_exact(make_problem((1, 3, 2), "tanh", n=n, bias=False), kernel)
+    assert_exact(make_problem((2, 3, 4, 1), "silu", n=n), kernel)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (1, 4), (40, 30, 1), (2, 33, 20, 3), (70, 1, 1)])
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 1), (1, 4), (40, 30, 1), (2, 33, 20, 3), (70, 1, 1), (2, 17, 1, 16, 18, 1)])
 def test_narrow_and_wide_layers(sizes: tuple[int, ...], kernel: str) -> None:
     assert_exact(make_problem(sizes, "gelu", n=40, output=Activation("tanh"), scale=0.3), kernel)
 
@@ -311,10 +314,11 @@ def test_extreme_weights(name: str, loss: Any, size: float, kernel: str) -> None
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_nan_shows(kernel: str) -> None:
-    """In any element of φ."""
+@pytest.mark.parametrize("sizes", [(2, 3, 1), (2, 3, 2, 2)])
+def test_nan_shows(sizes: tuple[int, ...], kernel: str) -> None:
+    """In any element of φ, and is gone with the next φ."""
     for name in ("tanh", "softplus", "gelu", "relu", "elu", "softsign", "sigmoid_softplus"):
-        problem = make_problem((2, 3, 1), name, n=9)
+        problem = make_problem(sizes, name, n=9)
         objective = problem.objective(kernel)
         for i in range(len(problem.phi)):
             phi = problem.phi.clone()
@@ -324,12 +328,15 @@ def test_nan_shows(kernel: str) -> None:
             assert bool(gradient.isnan().any()), (name, i)
             assert bool(hessian.isnan().any()), (name, i)
             assert bool(objective.loss_and_gradient(phi)[0].isnan()), (name, i)
+        wanted = problem.objective(kernel).loss_gradient_hessian(problem.phi)
+        assert all(torch.equal(a, b) for a, b in zip(objective.loss_gradient_hessian(problem.phi), wanted, strict=True))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_float32(kernel: str) -> None:
+@pytest.mark.parametrize("sizes", [(3, 7, 1), (3, 6, 5, 2)])
+def test_float32(sizes: tuple[int, ...], kernel: str) -> None:
     """Results are of the type of θ, and right to its digits."""
-    problem = make_problem((3, 7, 1), "gelu", n=100)
+    problem = make_problem(sizes, "gelu", n=100)
     wanted = derivatives(problem)
     objective = problem.objective(kernel, dtype=torch.float32)
     phi = problem.phi.float()
@@ -338,19 +345,23 @@ def test_float32(kernel: str) -> None:
     for found, exact in zip(results, (*wanted, *wanted[:2]), strict=True):
         assert distance(found.double(), exact) <= 2e-6
     assert objective.hvp(phi, phi).dtype == torch.float32
+    assert objective.hvp(phi, phi[:, None].repeat(1, 3)).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_given_tensors_are_left_alone(kernel: str) -> None:
+@pytest.mark.parametrize("sizes", [(2, 5, 1), (2, 5, 4, 2)])
+def test_given_tensors_are_left_alone(sizes: tuple[int, ...], kernel: str) -> None:
     """θ, vectors and data are not written to, and results are new."""
-    problem = make_problem((2, 5, 1), n=30)
+    problem = make_problem(sizes, n=30)
     given_tensors = (problem.samples.x, problem.samples.targets, problem.samples.weights, problem.phi)
     before = [t.clone() for t in given_tensors]
     objective = problem.objective(kernel)
-    first = objective.loss_gradient_hessian(problem.phi)
+    first = (*objective.loss_gradient_hessian(problem.phi), *objective.loss_and_gradient(problem.phi))
+    first += (objective.hvp(problem.phi, problem.phi),)
     kept = [t.clone() for t in first]
+    objective.loss_and_gradient(2 * problem.phi)
     objective.loss_gradient_hessian(2 * problem.phi)
-    objective.hvp(problem.phi, problem.phi)
+    objective.hvp(2 * problem.phi, problem.phi)
     assert all(torch.equal(a, b) for a, b in zip(first, kept, strict=True))
     assert all(torch.equal(a, b) for a, b in zip(given_tensors, before, strict=True))
 
@@ -365,6 +376,64 @@ def test_memory_order_of_arguments_does_not_matter(kernel: str) -> None:
     wanted = problem.objective(kernel)
     assert torch.equal(objective.loss_and_gradient(phi)[1], wanted.loss_and_gradient(problem.phi)[1])
     assert torch.equal(objective.hvp(phi, v.T), wanted.hvp(problem.phi, v.T.contiguous()))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sizes", [(2, 5, 1), (2, 4, 3, 2)])
+def test_tensors_of_other_kinds(sizes: tuple[int, ...], kernel: str) -> None:
+    """Parameters, parts of a graph, and negations that have not taken place are what they stand for."""
+    problem = make_problem(sizes, n=30)
+    phi, objective = problem.phi, problem.objective(kernel)
+    others = [
+        torch.nn.Parameter(phi.clone()),
+        phi.clone().requires_grad_() * 1,
+        torch._neg_view(-phi),
+        phi.repeat(2, 1).T[:, 0],
+    ]
+
+    def results(phi: Tensor) -> list[Tensor]:
+        return [*objective.loss_and_gradient(phi), *objective.loss_gradient_hessian(phi), objective.hvp(phi, phi)]
+
+    wanted = results(phi)
+    for other in others:
+        for a, b in zip(results(other), wanted, strict=True):
+            assert distance(a, b) <= 1e-14 and not a.requires_grad
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sizes", [(2, 5, 1), (2, 4, 3, 2)])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda objective: pickle.loads(pickle.dumps(objective))])
+def test_copies(copied: Callable[[PerceptronObjective], PerceptronObjective], sizes: tuple[int, ...], kernel: str) -> None:
+    """They serve when what they are copies of is gone."""
+    problem = make_problem(sizes, n=30)
+    objective = problem.objective(kernel)
+    wanted = [*objective.loss_gradient_hessian(problem.phi), objective.loss_and_gradient(problem.phi)[1]]
+    other = copied(objective)
+    objective.loss_gradient_hessian(2 * problem.phi)
+    del objective
+    for found in (other, copied(other)):
+        results = [*found.loss_gradient_hessian(problem.phi), found.loss_and_gradient(problem.phi)[1]]
+        assert all(torch.equal(a, b) for a, b in zip(results, wanted, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(2, 5, 1), (2, 4, 3, 2)])
+def test_memory_of_another_device_is_not_read(sizes: tuple[int, ...]) -> None:
+    problem = make_problem(sizes, n=30)
+    objective, elsewhere = problem.objective("numba"), problem.phi.to("meta")
+    for call in (objective.loss_and_gradient, objective.hessian, lambda phi: objective.hvp(problem.phi, phi)):
+        with pytest.raises(TypeError, match="computes on the CPU, and the parameters are on meta"):
+            call(elsewhere)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sizes", [(2, 5, 1), (2, 4, 3, 2)])
+def test_inference_mode(sizes: tuple[int, ...], kernel: str) -> None:
+    """What is made in it serves outside, too."""
+    problem = make_problem(sizes, n=300)
+    with torch.inference_mode():
+        objective = problem.objective(kernel)
+        first = objective.hessian(problem.phi)
+    assert torch.equal(objective.hessian(problem.phi), first)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -397,9 +466,10 @@ def test_threads(sizes: tuple[int, ...], kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_index_frozen_and_decay(kernel: str) -> None:
+@pytest.mark.parametrize("sizes", [(2, 4, 1), (2, 4, 2), (2, 4, 3, 2, 1)])
+def test_index_frozen_and_decay(sizes: tuple[int, ...], kernel: str) -> None:
     """θ in another order than φ, some of φ frozen, and Σ c θ²."""
-    problem = make_problem((2, 4, 2), "silu", n=20)
+    problem = make_problem(sizes, "silu", n=20)
     p = len(problem.phi)
     generator = torch.Generator().manual_seed(2)
     still = torch.arange(p) % 3 == 0
@@ -701,18 +771,24 @@ def test_without_numba() -> None:
 @pytest.mark.slow
 def test_kernels_compiled_in_processes_of_their_own(tmp_path: Path) -> None:
     """Each stands in the cache on disk; all of them then serve in one process that compiles nothing."""
-    parts = {"gradient": "o.loss_and_gradient(t)", "products": "o.hvp(t, t)", "hessian": "o.hessian(t)"}
-    for part in parts.values():
+    deep = """
+m, u = Perceptron.of((2, 4, 3, 2), tanh, identity), torch.linspace(-1, 1, 35, dtype=torch.float64)
+y = Samples(x, x, torch.full((10,), 0.1, dtype=torch.float64))
+d = PerceptronObjective(m, Loss("squared error"), y)
+"""
+    for part in ("o.loss_and_gradient(t)", "o.hvp(t, t)", "o.hessian(t)", f"{deep}\nd.hessian(u)"):
         run_python(f"{OBJECTIVE}\nassert o.kernel == 'numba'\n{part}", NUMBA_CACHE_DIR=str(tmp_path))
     files = {f: f.stat().st_mtime_ns for f in tmp_path.rglob("*.nb?")}
     assert files
     found = run_python(
-        f"{OBJECTIVE}\n"
+        f"{OBJECTIVE}\n{deep}\n"
         "s = Samples(x, x[:1], torch.full((10,), 0.1, dtype=torch.float64))\n"
         "p = PerceptronObjective(n, Loss('squared error'), s, kernel='torch')\n"
         "v = torch.stack([t, t**2], 1)\n"
         "pairs = [*zip(o.loss_gradient_hessian(t), p.loss_gradient_hessian(t)), (o.hvp(t, v), p.hvp(t, v))]\n"
         "pairs += [*zip(o.loss_and_gradient(t), p.loss_and_gradient(t))]\n"
+        "e = PerceptronObjective(m, Loss('squared error'), y, kernel='torch')\n"
+        "pairs += [*zip(d.loss_gradient_hessian(u), e.loss_gradient_hessian(u))]\n"
         "print(o.kernel, max(float((a - b).abs().max()) for a, b in pairs) < 1e-13)\n",
         NUMBA_CACHE_DIR=str(tmp_path),
     )

@@ -242,6 +242,17 @@ def frozen_transposed(d: Data) -> Problem:
     return Problem([w3], lambda: F.mse_loss(torch.tanh(torch.tanh(d.x @ w1 + b1) @ w2.T) @ w3.T, d.y))
 
 
+def penalty(model: nn.Module) -> Tensor:
+    return 0.1 * torch.stack([p.square().sum() for p in model.parameters()]).sum()
+
+
+def scaled_frozen(d: Data) -> Problem:
+    """In another order than the layers, with one of them frozen between factors."""
+    w1, b1, w3 = matrices((3, 5), (5,), (1, 4))
+    w2 = matrices((4, 5))[0].detach()
+    return Problem([w3, b1, w1], lambda: F.mse_loss(2 * torch.tanh(torch.erf(-(d.x @ w1 + b1)) @ w2.T / 3) @ w3.T, d.y))
+
+
 def hooked_forward(d: Data) -> Problem:
     model = mlp()
     model[0].register_forward_hook(lambda module, args, output: 2 * output)
@@ -370,6 +381,16 @@ RECOGNISED: dict[str, Callable[[Data], Problem]] = {
     "transposed data": of_one(lambda m, d: F.mse_loss(m(d.x.T.contiguous().T), d.y)),
     "expanded data": of_one(lambda m, d: F.mse_loss(m(d.x[:1].expand(N, 3)), d.y)),
     "output activation": lambda d: Problem(parameters_of(m := mlp(nn.Tanh, 1, nn.Sigmoid())), lambda: F.mse_loss(m(d.x), d.y)),
+    "forward hook that doubles": hooked_forward,
+    "scaled inside": of_one(lambda m, d: F.mse_loss(m[4](torch.tanh(m[2](torch.sigmoid(-m[0](d.x))) / 3)), d.y)),
+    "scaled everywhere": of_one(
+        lambda m, d: F.mse_loss(-2 * m[4](3 * F.gelu(0.5 * m[2](torch.tanh(2 * m[0](d.x)) / 7)) * 0.5), d.y)
+    ),
+    "scaled, with decay": of_one(lambda m, d: F.mse_loss(3 * m[2:](torch.tanh(2 * m[0](d.x))), d.y) + penalty(m)),
+    "scaled linear layer": of_one(lambda m, d: F.mse_loss(m[4](2 * m[2](m[:2](d.x))), d.y)),
+    "scaled polynomial": of_matrices(lambda w1, b1, w2, d: F.mse_loss(-0.1 * (cubic(d.x @ w1 + b1) @ w2.T), d.y)),
+    "scaled normal cdf": of_matrices(lambda w1, b1, w2, d: F.mse_loss(3 * (cdf(2 * (d.x @ w1 + b1)) @ w2.T), d.y)),
+    "scaled, frozen and transposed": scaled_frozen,
     "linear": lambda d: Problem(parameters_of(m := nn.Linear(3, 1).double()), lambda: F.mse_loss(m(d.x), d.y)),
     "nested modules": with_module(lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.SiLU()), nn.Linear(4, 1))),
     "dropout in evaluation mode": with_module(
@@ -656,6 +677,10 @@ def between(make: Callable[[], nn.Module]) -> Callable[[Data], Problem]:
     return with_module(lambda: nn.Sequential(nn.Linear(3, 4), make(), nn.Linear(4, 1)))
 
 
+def scaled_in_one_loss(m: nn.Sequential, d: Data) -> Tensor:
+    return F.mse_loss(m(d.x[:5]), d.y[:5]) + F.mse_loss(m[1:](2 * m[0](d.x[5:])), d.y[5:])
+
+
 class SlicedInTime(nn.Module):
     """What acts on slices along the second of three dimensions looks like what acts on some of the neurons."""
 
@@ -699,7 +724,18 @@ LOOK_ALIKES: dict[str, LookAlike] = {
     "detached hidden layer": LookAlike(
         of_one(lambda m, d: F.mse_loss(m[2:](m[:2](d.x).detach()), d.y)), "detach|" + ALREADY_USED
     ),
-    "forward hook that doubles": LookAlike(hooked_forward, f"mul {NO_LAYER}"),
+    "scaled after the last activation": LookAlike(
+        of_one(lambda m, d: F.mse_loss(2 * torch.sigmoid(m(d.x)), d.y)), "the last activation gives is multiplied by a number"
+    ),
+    "shifted before an activation": LookAlike(of_one(lambda m, d: F.mse_loss(m[1:](m[0](d.x) + 0.5), d.y)), NO_LAYER),
+    "shifted after an activation": LookAlike(of_one(lambda m, d: F.mse_loss(m[2:](2 * m[:2](d.x) - 1), d.y)), NO_LAYER),
+    "scaled by neuron": LookAlike(of_one(lambda m, d: F.mse_loss(m[1:](m[0](d.x) * d.weights[:5]), d.y)), f"mul {NO_LAYER}"),
+    "scaled by sample": LookAlike(of_one(lambda m, d: F.mse_loss(m[1:](m[0](d.x) * d.weights[:, None]), d.y)), "mul"),
+    "scaled by itself": LookAlike(of_one(lambda m, d: F.mse_loss(m[1:](m[0](d.x) / m[0](d.x).detach().norm()), d.y)), "div"),
+    "scaled differently in two losses": LookAlike(of_one(scaled_in_one_loss), "of different networks, or of different losses"),
+    "some neurons, scaled": LookAlike(
+        of_four(lambda m, d: F.cross_entropy(torch.cat([2 * m(d.x)[:, :3]], dim=1), d.classes % 3)), "slices do not cover"
+    ),
     "skip connection": LookAlike(of_one(skip), NO_LAYER),
     "activation plus its argument": LookAlike(of_matrices(activation_plus_argument), f"add {NO_LAYER}"),
     "inputs joined to a layer": LookAlike(of_matrices(dense_skip), "cat joins"),

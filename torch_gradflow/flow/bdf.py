@@ -12,6 +12,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -31,12 +34,14 @@ from torch_gradflow.flow.method import (
     approaches,
     n_evaluations,
 )
-from torch_gradflow.flow.multistep import MAX_ORDER, MAX_POINTS, Formula, OrderControl, formula
+from torch_gradflow.flow.multistep import MAX_ORDER, MAX_POINTS, OrderControl, formula
 from torch_gradflow.flow.solution import Knot
 from torch_gradflow.objectives.base import Objective
 
 # The unit of logarithmic time, in first steps (between 100 and 10,000 the work on T33 differs by 3 %).
 UNIT = 1000.0
+# Beyond so many parameters the calls of tensor operations no longer count.
+COMPILED_LIMIT = 2000
 # Above this relative tolerance a second gradient verifies the linearisation: at 1e-5 it made errors at t = 1e7 four times
 # smaller on T33, below 3e-6 it changed nothing.
 VERIFY_ABOVE = 3e-6
@@ -84,6 +89,62 @@ class Corrector(ABC):
         return ()
 
 
+class PlainAlgebra:
+    """What a step computes from its history besides the solution of its equation, on tensors of any kind."""
+
+    def predict(
+        self, taus: list[float], tau: float, order: int, speed: float, theta: Tensor, rtol: float, atol: float
+    ) -> tuple[float, tuple[float, float, float], Tensor]:
+        """α, constants and rows.
+
+        The constants are those of ``Formula`` for the orders k − 1, k, k + 1 (0 where there is no such order, or too few
+        points); the rows p_k, ``speed`` times its slope, p_{k−1}, p_{k+1} and the tolerated errors, shape ``(5, P)``.
+        """
+        plan = formula(taus, tau, order)
+        wanted = (plan.predictor, [weight * speed for weight in plan.slope], plan.lower or [], plan.higher or [])
+        rows = theta.new_tensor([row + [0.0] * (theta.shape[0] - len(row)) for row in wanted]) @ theta
+        constants = (
+            plan.constants[0] if plan.lower is not None else 0.0,
+            plan.constants[1],
+            plan.constants[2] if plan.higher is not None else 0.0,
+        )
+        return plan.alpha, constants, torch.cat([rows, weights(rtol, atol, theta[0], rows[0])[None]])
+
+    def finish(
+        self, delta: Tensor, gradient: Tensor, a: float, order: int, theta: Tensor, rows: Tensor
+    ) -> tuple[tuple[float, float, float], float, Tensor, Tensor]:
+        """What follows from δ and the gradient at the predicted point.
+
+        The sizes of θ − p_j for j = k − 1, k, k + 1 in units of the tolerance; by how much the loss differs from that at
+        the predicted point; the new history; the new gradient.
+        """
+        new = rows[0] + delta
+        slope = -(rows[1] + a * delta)
+        apart = (new - rows[[2, 0, 3]]) / rows[4]
+        low, own, high = apart.square_().mean(1).sqrt_().tolist()
+        change = 0.5 * float((gradient + slope) @ delta)
+        return (low, own, high), change, torch.cat([new[None], theta[: MAX_POINTS - 1]]), slope
+
+
+class CompiledAlgebra:
+    """The same in compiled passes, see ``bdf_compiled``."""
+
+    def __init__(self, module: ModuleType) -> None:
+        self.module = module
+        self.predict, self.finish = module.predict, module.finish
+
+
+@cache
+def algebra_for(device: torch.device, dtype: torch.dtype, n_parameters: int) -> PlainAlgebra | CompiledAlgebra:
+    """Which of them serves: compiled for few parameters in float64 on a CPU, where Numba can be imported."""
+    if device.type != "cpu" or dtype != torch.float64 or n_parameters > COMPILED_LIMIT:
+        return PlainAlgebra()
+    try:
+        return CompiledAlgebra(import_module("torch_gradflow.flow.bdf_compiled"))
+    except ImportError:
+        return PlainAlgebra()
+
+
 class Direct(Corrector):
     """By the Hessian and its Cholesky factorisation.
 
@@ -95,10 +156,16 @@ class Direct(Corrector):
     def __init__(self, objective: Objective, verify: bool) -> None:
         self._objective = objective
         self._verify = verify
+        algebra = algebra_for(objective.device, objective.dtype, objective.n_parameters)
+        few = isinstance(algebra, CompiledAlgebra) and objective.n_parameters <= algebra.module.CHOLESKY_LIMIT
+        self._compiled = algebra.module if isinstance(algebra, CompiledAlgebra) and few else None
 
     def solve(self, theta: Tensor, slope: Tensor, a: float, tolerated: Tensor) -> Correction | None:
         """See ``Corrector``."""
         loss, gradient, hessian = self._objective.loss_gradient_hessian(theta)
+        if self._compiled is not None and not self._verify:
+            delta = self._compiled.solve(hessian, a, gradient, slope)
+            return None if delta is None else Correction(delta, loss, gradient)
         hessian.diagonal().add_(a)
         factor, failed = torch.linalg.cholesky_ex(hessian)
         if int(failed):
@@ -178,6 +245,7 @@ class _March:
         self.error = 0.0
         self.n_accepted = self.n_rejected = 0
         self._name, self._span, self._corrector = name, span, corrector
+        self._algebra = algebra_for(objective.device, objective.dtype, objective.n_parameters)
         self._slope0 = -start.gradient
         self._knot, self._approximate = start, False
         self._h = span.step_size or first_step_size(
@@ -206,23 +274,36 @@ class _March:
         order = min(self._control.order, max(1, len(self.times) - 1))
         current = self._theta[0]
         if len(self.times) == 1:
-            constants: tuple[float, ...] = (0.0, 0.5)
+            constants = (0.0, 0.5, 0.0)
             a, slope = 1 / h, self._slope0
-            predicted, lower, higher = current + h * slope, None, None
+            predicted = current + h * slope
+            tolerated = weights(self._span.rtol, self._span.atol, current, predicted)
+            rows = torch.stack([predicted, slope, predicted, predicted, tolerated])
         else:
             taus = [clock.of(s) for s in self.times]
             tau = clock.of(t_new) - taus[0]
-            plan, speed = formula(taus, tau, order), clock.rate(t_new) / tau
-            a, constants = plan.alpha * speed, plan.constants
-            predicted, slope, lower, higher = _combine(self._theta, plan, speed)
-        tolerated = weights(self._span.rtol, self._span.atol, current, predicted)
-        found = self._corrector.solve(predicted, slope, a, tolerated)
+            speed = clock.rate(t_new) / tau
+            alpha, constants, rows = self._algebra.predict(
+                taus, tau, order, speed, self._theta, self._span.rtol, self._span.atol
+            )
+            a = alpha * speed
+        found = self._corrector.solve(rows[0], rows[1], a, rows[4])
         if found is None:
             return self._reject(math.inf, h, self.error)
-        errors = _errors(found.delta, predicted, lower, higher, tolerated, constants)
-        if not errors[1] <= 1:
-            return self._reject(errors[1], h, errors[1])
-        factor = self._accept(t_new, order, predicted, slope, a, found, errors)
+        norms, change, theta, gradient = self._algebra.finish(found.delta, found.gradient, a, order, self._theta, rows)
+        low, own, high = (norm * c for norm, c in zip(norms, constants, strict=True))
+        loss = found.loss + change
+        if not own <= 1 or not math.isfinite(float(loss)):
+            error = own if own > 1 else math.inf
+            return self._reject(error, h, error)
+        control = OrderControl(order, self._control.n_steps, self._control.n_rejected)
+        lower, higher = low if constants[0] else None, high if constants[2] else None
+        factor, self._control = control.accepted(own, lower, higher, len(self.times) == 1)
+        self._knot, self._approximate = Knot(t_new, theta[0], loss, gradient), True
+        self.times, self._theta = (t_new, *self.times[: MAX_POINTS - 1]), theta
+        self._degree = min(order + 1, len(self.times) - 1)
+        self.error = own
+        self.n_accepted += 1
         longer = clock.after(t_new, factor * (clock.of(t_new) - clock.of(t)))
         # A step that was cut to end somewhere says nothing against the step size that was wanted.
         self._h = max(self._h, longer) if h < self._h else longer
@@ -238,30 +319,6 @@ class _March:
             self.times, self._theta = self.times[:2], self._theta[:2]
         self._h = h * factor
         return False
-
-    def _accept(
-        self,
-        t: float,
-        order: int,
-        predicted: Tensor,
-        slope: Tensor,
-        a: float,
-        found: Correction,
-        errors: tuple[float | None, float, float | None],
-    ) -> float:
-        lower, error, higher = errors
-        control = OrderControl(order, self._control.n_steps, self._control.n_rejected)
-        factor, self._control = control.accepted(error, lower, higher, len(self.times) == 1)
-        theta = predicted + found.delta
-        gradient = -(slope + a * found.delta)
-        loss = found.loss + 0.5 * (found.gradient + gradient) @ found.delta
-        self._knot, self._approximate = Knot(t, theta, loss, gradient), True
-        self.times = (t, *self.times[: MAX_POINTS - 1])
-        self._theta = torch.cat([theta[None], self._theta[: MAX_POINTS - 1]])
-        self._degree = min(order + 1, len(self.times) - 1)
-        self.error = error
-        self.n_accepted += 1
-        return factor
 
     def _interpolant(self) -> Interpolant:
         times, theta, clock = self.times[: self._degree + 1], self._theta, self._clock
@@ -289,34 +346,6 @@ class _March:
             self._memory(),
             interpolant=self._interpolant() if self.n_accepted else None,
         )
-
-
-def _combine(theta: Tensor, plan: Formula, speed: float) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """The predicted point and its slope, and the predictions at the order below and above."""
-    rows = [plan.predictor, [weight * speed for weight in plan.slope]]
-    rows += [row for row in (plan.lower, plan.higher) if row is not None]
-    n = theta.shape[0]
-    predicted, slope, *others = theta.new_tensor([row + [0.0] * (n - len(row)) for row in rows]) @ theta
-    lower = others.pop(0) if plan.lower is not None else None
-    return predicted, slope, lower, others.pop() if plan.higher is not None else None
-
-
-def _errors(
-    delta: Tensor,
-    predicted: Tensor,
-    lower: Tensor | None,
-    higher: Tensor | None,
-    tolerated: Tensor,
-    constants: tuple[float, ...],
-) -> tuple[float | None, float, float | None]:
-    """The errors of the step at the order below, at its own and at the order above, in units of the tolerance."""
-    new = predicted + delta
-    rows = [delta, *(new - other for other in (lower, higher) if other is not None)]
-    sizes = (torch.stack(rows) / tolerated).square_().mean(1).sqrt_().tolist()
-    sizes = [size if math.isfinite(size) else math.inf for size in sizes]
-    error = sizes.pop(0) * constants[1]
-    below = sizes.pop(0) * constants[0] if lower is not None else None
-    return below, error, sizes.pop(0) * constants[2] if higher is not None else None
 
 
 def _solve(factor: Tensor, right: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ DENSE_LIMIT = 1024
 ACCURACY = 0.05
 # With an eigendecomposition: iterations after which it is made anew at the next step, and after which at once.
 STALE, HOPELESS = 6, 14
-# With Ritz vectors: how many are kept, and the most iterations of a step.
-N_RITZ, MAX_ITERATIONS = 100, 400
+# With Ritz vectors: how many are kept at most, how many numbers they and their products may be, and the most iterations.
+N_RITZ, RITZ_NUMBERS, MAX_ITERATIONS = 100, 2**25, 400
 
 
 class Preconditioner(ABC):
@@ -115,7 +115,7 @@ class RitzVectors(Preconditioner):
         return vector / a + ((1 / (self._sizes + a) - 1 / a) * (self._vectors @ vector)) @ self._vectors
 
     def learn(self, directions: list[Tensor], products: list[Tensor]) -> None:
-        """Take the directions into the span, and keep the ``N_RITZ`` Ritz vectors of largest modulus."""
+        """Take the directions into the span, and keep the Ritz vectors of largest modulus."""
         basis, images = _orthonormal(torch.stack(directions), torch.stack(products))
         if self._vectors is not None and self._images is not None:
             # Of older vectors only what the new directions leave: their products are those of an older Hessian.
@@ -124,7 +124,8 @@ class RitzVectors(Preconditioner):
             basis, images = torch.cat([basis, rest]), torch.cat([images, rest_images])
         projected = basis @ images.T
         values, coefficients = torch.linalg.eigh(0.5 * (projected + projected.T))
-        kept = values.abs().argsort(descending=True)[:N_RITZ]
+        n_kept = min(N_RITZ, max(8, RITZ_NUMBERS // (2 * basis.shape[1])))
+        kept = values.abs().argsort(descending=True)[:n_kept]
         change = coefficients[:, kept].T
         self._vectors, self._images, self._sizes = change @ basis, change @ images, values[kept].abs()
 
@@ -229,7 +230,3 @@ class BdfCg(MultistepMethod):
         if memory is not None and memory.curvature is not None:
             known.recall(memory.curvature)
         return ConjugateGradients(objective, known)
-
-    def n_curvature_rows(self, n_parameters: int) -> int:
-        """See ``FlowMethod``."""
-        return n_parameters + 1 if n_parameters <= DENSE_LIMIT else 2 * N_RITZ

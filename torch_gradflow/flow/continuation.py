@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torch_gradflow.flow.dense import HermiteWindow
 from torch_gradflow.flow.method import Arrival, FlowMethod, Memory, RunEnd, Span, n_evaluations
-from torch_gradflow.flow.solution import Knot
+from torch_gradflow.flow.solution import Choice, Knot
 from torch_gradflow.objectives.base import Objective
 
 # The largest defect of an interpolated point, times the step, in units of the tolerance: the error was
@@ -42,13 +42,14 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one call of ``advance`` did: the new state, and how its last run ended."""
+    """What one call of ``advance`` did: the new state, how its last run ended, and what "auto" chose on the way."""
 
     state: Continuation
     status: str
     n_accepted: int
     n_rejected: int
     end: RunEnd | None
+    choices: tuple[Choice, ...] = ()
 
 
 def advance(
@@ -81,6 +82,7 @@ def advance(
     """
     target = state.here.t + duration
     n_accepted = n_rejected = 0
+    choices: tuple[Choice, ...] = ()
     if ahead:
         ready, step_size = state, state.step_size
         spent, reached = n_evaluations(objective.counts), [state.here]
@@ -91,16 +93,16 @@ def advance(
 
         if not _covers(state, target):
             ready, end = _extend(method, objective, state, target, rtol, atol, max_evals, reach)
-            step_size, n_accepted, n_rejected = end.step_size, end.n_accepted, end.n_rejected
+            step_size, n_accepted, n_rejected, choices = end.step_size, end.n_accepted, end.n_rejected, end.choices
         if _covers(ready, target):
             here = _at(method, objective, ready, target, rtol, atol)
-            return Piece(replace(ready, here=here, step_size=step_size), "t_end", n_accepted, n_rejected, None)
+            return Piece(replace(ready, here=here, step_size=step_size), "t_end", n_accepted, n_rejected, None, choices)
         # Running ahead failed somewhere: go on, as far as this piece needs, from the last point on the way.
         max_evals -= n_evaluations(objective.counts) - spent
         state = Continuation(reached[-1], step_size, None)
         if max_evals <= 0:
             end = replace(end, status="max_evals", knot=reached[-1])
-            return Piece(state, end.status, n_accepted, n_rejected, end)
+            return Piece(state, end.status, n_accepted, n_rejected, end, choices)
 
     def visit(arrival: Arrival) -> bool:
         on_accept(arrival.knot)
@@ -115,6 +117,7 @@ def advance(
         n_accepted + end.n_accepted,
         n_rejected + end.n_rejected,
         end,
+        choices + end.choices,
     )
 
 
@@ -174,7 +177,7 @@ def _extend(
 ) -> tuple[Continuation, RunEnd]:
     """Steps of natural size until they cover the target: one past it, and ``n_knots`` points where slopes interpolate."""
     knots = [state.here] if state.window is None else _knots(state.window, state.here.loss)
-    if state.memory is not None:
+    if state.window is None and state.memory is not None and state.memory.times[0] != state.here.t:
         # Loss and gradient at the newest point are not looked at, where there is a memory.
         knots = [replace(state.here, t=state.memory.times[0], theta=state.memory.theta[0])]
 
@@ -188,7 +191,8 @@ def _extend(
     end = method.run(objective, knots[-1], span, visit, state.memory)
     if end.status != "visit":
         return replace(state, window=None, memory=None), end
-    window = None if end.memory is not None else HermiteWindow.through(knots[-method.n_knots :])
+    own = end.memory is not None and end.memory.covers(target)
+    window = None if own else HermiteWindow.through(knots[-method.n_knots :])
     return replace(state, window=window, memory=end.memory), end
 
 

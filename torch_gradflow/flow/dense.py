@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -124,3 +125,51 @@ def polynomial(t: float, times: Sequence[float], theta: Tensor, clock: Clock | N
     if clock is not None:
         t, times = clock.of(t), [clock.of(own) for own in times]
     return theta.new_tensor(lagrange_weights(t, times)) @ theta[: len(times)]
+
+
+@dataclass(frozen=True)
+class FlowPath:
+    """θ(t) over a whole solution, by each step's own interpolation.
+
+    Attributes:
+        times: The accepted points' flow times, ascending.
+        pieces: For each step between them, θ(t) within it.
+        scale: Factors s where the flow was followed in the coordinates θ/s, shape ``(P,)``; or None.
+    """
+
+    times: tuple[float, ...]
+    pieces: tuple[Callable[[float], Tensor], ...]
+    scale: Tensor | None = None
+
+    def __call__(self, t: float) -> Tensor:
+        """θ(t), shape ``(P,)``.
+
+        Raises:
+            ValueError: If t is outside of the solution.
+        """
+        if not self.times[0] <= t <= self.times[-1]:
+            raise ValueError(f"t must lie within the solution, from {self.times[0]:g} to {self.times[-1]:g}, not at {t!r}.")
+        theta = self.pieces[max(bisect_left(self.times, t) - 1, 0)](t)
+        return theta if self.scale is None else theta * self.scale
+
+
+def path_through(
+    knots: Sequence[Knot], interpolants: Sequence[Callable[[float], Tensor] | None], width: int, scale: Tensor | None
+) -> FlowPath:
+    """The path through accepted points; steps without an interpolant of their own get that of ``HermiteWindow``.
+
+    Args:
+        knots: Accepted points, t ascending.
+        interpolants: One for each step between them, or None.
+        width: Accepted points through which slopes interpolate.
+        scale: See ``FlowPath``.
+    """
+    pieces: list[Callable[[float], Tensor]] = []
+    for i, own in enumerate(interpolants):
+        if own is None:
+            first = max(0, min(i + 1 - width // 2, len(knots) - width))
+            own = HermiteWindow.through(list(knots[first : first + max(2, width)]))
+        pieces.append(own)
+    if not pieces:
+        pieces.append(lambda t: knots[0].theta)
+    return FlowPath(tuple(knot.t for knot in knots), tuple(pieces), scale)

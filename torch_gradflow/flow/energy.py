@@ -21,9 +21,12 @@ def dissipation_error(points: Sequence[tuple[float, float, float]]) -> float:
         points: t, L and ‖∇L‖² at the accepted points, t ascending.
 
     Returns:
-        The relative error; 0.0 for a single point, and where nothing was lost and nothing dissipated.
+        The relative error; 0.0 for a single point, and where nothing was lost and nothing dissipated; nan where numbers
+        are not finite.
     """
     table = np.array(points, dtype=np.float64)
+    if not np.isfinite(table).all():
+        return float("nan")
     table = table[np.concatenate([[True], np.diff(table[:, 0]) > 0])]
     n = len(table)
     if n < 2:

@@ -5,26 +5,30 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import astuple, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_gradflow.checks import check_count, check_number
+from torch_gradflow.flow.checkpoint import load, pack_knot, pack_memory, save, unpack_knot, unpack_memory
 from torch_gradflow.flow.continuation import point_between, replace_gradient
-from torch_gradflow.flow.dense import HermiteWindow
+from torch_gradflow.flow.dense import FlowPath, HermiteWindow, path_through
 from torch_gradflow.flow.energy import dissipation_error
-from torch_gradflow.flow.method import Arrival, FlowMethod, Interpolant, RunEnd, Span
+from torch_gradflow.flow.method import Arrival, FlowMethod, Interpolant, Memory, RunEnd, Span
 from torch_gradflow.flow.methods import find_method
 from torch_gradflow.flow.progress import Progress, as_progress, check_progress
 from torch_gradflow.flow.solution import Choice, FlowReport, FlowSolution, Knot, Status
 from torch_gradflow.flow.stopping import StoppingRule, begin_all
-from torch_gradflow.objectives.base import Objective, check_start
+from torch_gradflow.objectives.base import EvaluationCounts, Objective, check_start
 
 # Accepted points kept per decade of flow time where t_eval does not say otherwise.
 SAMPLES_PER_DECADE = 20
+# How often a checkpoint is written.
+CHECKPOINT_SECONDS = 30.0
 
 
 def tolerances(rtol: float | None, atol: float | None, resolution: float) -> tuple[float, float, str]:
@@ -68,6 +72,9 @@ def integrate(
     max_evals: int | None = None,
     step_size: float | None = None,
     progress: bool | Callable[[FlowReport], Any] | Progress | None = None,
+    dense_output: bool = False,
+    estimate_error: bool = False,
+    checkpoint: str | Path | None = None,
 ) -> FlowSolution:
     """Follow dθ/dt = −∇L(θ) from θ(t₀) = ``theta0`` to t₁, in the manner of ``scipy.integrate.solve_ivp``.
 
@@ -85,6 +92,11 @@ def integrate(
         max_evals: Bound on gradient evaluations (status "max_evals"); None for none.
         step_size: The first step size; None chooses it.
         progress: True for a progress bar, or a function that is given a ``FlowReport`` at each accepted point.
+        dense_output: Keep all accepted points, so that ``solution.path(t)`` is θ at any time.
+        estimate_error: Integrate once more with a tenth of the tolerances, for ``solution.global_error``.
+        checkpoint: A file from which an interrupted or killed integration goes on when called again with the same arguments.
+            It is written every half minute, and at the end. Methods of our own go on bit for bit (except that "auto"
+            chooses by what it measures), torchdiffeq's up to rounding.
 
     Returns:
         The solution up to where it came. Ctrl-C ends the integration with status "interrupted".
@@ -105,9 +117,30 @@ def integrate(
         max_evals=max_evals,
         step_size=step_size,
         progress=progress,
+        dense_output=dense_output,
+        checkpoint=checkpoint,
     )
     run.run()
-    return run.solution()
+    solution = run.solution()
+    return _with_error(objective, theta0, t_span, method, run, solution) if estimate_error else solution
+
+
+def _with_error(
+    objective: Objective, theta0: Tensor, t_span: tuple[float, float], method: str, run: FlowRun, solution: FlowSolution
+) -> FlowSolution:
+    """The solution with its distance from one with a tenth of the tolerances."""
+    rtol, atol = run.tolerances
+    end = float(solution.t[-1])
+    if end == t_span[0]:
+        return replace(solution, global_error=torch.zeros(1, dtype=torch.float64))
+    times = [float(t) for t in solution.t]
+    better = integrate(
+        objective, theta0, (t_span[0], end), method=method, rtol=max(rtol / 10, 1e-13), atol=atol / 10, t_eval=times
+    )
+    if len(better.t) < len(solution.t):
+        raise FloatingPointError(f"A run with a tenth of the tolerances did not come as far, for the error. {better.message}")
+    error = (solution.theta - better.theta).norm(dim=1) / better.theta.norm(dim=1)
+    return replace(solution, global_error=error.to("cpu", torch.float64))
 
 
 class FlowRun:
@@ -135,6 +168,8 @@ class FlowRun:
         progress: bool | Callable[[FlowReport], Any] | Progress | None = None,
         start: tuple[Tensor, Tensor] | None = None,
         scale: Tensor | None = None,
+        dense_output: bool = False,
+        checkpoint: str | Path | None = None,
     ) -> None:
         self._began = time.perf_counter()
         check_start(objective, theta0)
@@ -170,10 +205,30 @@ class FlowRun:
         self._stopped_by = ""
         self._n_accepted = 0
         self._end: RunEnd | None = None
+        self._memory: Memory | None = None
+        self._n_earlier = 0
+        self._knots = [first] if dense_output else None
+        self._interpolants: list[Interpolant | None] = []
+        self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        self._saved_at = self._began
+        self._settings = {
+            "method": method,
+            "t_span": [self._t0, self._t_end],
+            "tolerances": [self._rtol, self._atol],
+            "t_eval": self._t_eval,
+            "theta0": first.theta.cpu(),
+        }
         self.status: Status = "interrupted"
         self.message = "Interrupted before the first step."
         if self._t_eval is None:
             self._keep(first, False)
+        if self._checkpoint is not None and self._checkpoint.exists():
+            self._restore(load(self._checkpoint, self._settings))
+
+    @property
+    def tolerances(self) -> tuple[float, float]:
+        """Relative and absolute tolerance, as used."""
+        return self._rtol, self._atol
 
     def run(self) -> None:
         """Integrate; KeyboardInterrupt ends it, any other exception is raised after the state was made consistent."""
@@ -186,15 +241,20 @@ class FlowRun:
             self._end, self._step_size = end, end.step_size
             self.last = replace_gradient(end.knot, self._objective) if end.approximate else end.knot
             self._approximate = False
-            self._n_accepted = end.n_accepted
+            self._n_accepted = self._n_earlier + end.n_accepted
             self._note_energy(self.last)
+            self._note_path(self.last, end.interpolant)
             self._sample_end()
+            self._memory = end.memory
             self.status, self.message = self._describe(end)
+            self._save()
         except KeyboardInterrupt:
+            self._save()
             self.status = "interrupted"
             self.message = f"Interrupted by the user at t = {self.last.t:.6g}; this is the last accepted point."
             self._sample_end()
         except Exception as error:
+            self._save()
             self.status = "failed"
             self.message = (
                 f"Failed at t = {self.last.t:.6g} with {type(error).__name__}: {error}. This is the last accepted point."
@@ -225,7 +285,13 @@ class FlowRun:
             step_size=self._step_size or 0.0,
             dissipation_error=dissipation_error(self._energy),
             choices=self.choices,
+            path=self._path(),
         )
+
+    def _path(self) -> FlowPath | None:
+        if self._knots is None:
+            return None
+        return path_through(self._knots, self._interpolants, max(2, self.method.n_knots), self._scale)
 
     @property
     def choices(self) -> tuple[Choice, ...]:
@@ -233,7 +299,7 @@ class FlowRun:
         return () if self._end is None else self._end.choices
 
     def _integrate(self) -> RunEnd:
-        if self._t_end == self._t0:
+        if self._t_end <= self.last.t:
             return RunEnd("t_end", self.last, self._step_size or 0.0, 0, 0)
         n_knots = self.method.n_knots
         span = Span(
@@ -245,14 +311,19 @@ class FlowRun:
             # Enough accepted points to interpolate through.
             math.inf if self._t_eval is None or not n_knots else (self._t_end - self._t0) / n_knots,
         )
-        return self.method.run(self._objective, self.last, span, self._visit)
+        return self.method.run(self._objective, self.last, span, self._visit, self._memory)
 
     def _visit(self, arrival: Arrival) -> bool:
         previous, self.last, self._approximate = self.last, arrival.knot, arrival.approximate
         self._n_accepted += 1
         self._step_size = arrival.step_size
         self._note_energy(arrival.knot)
+        self._note_path(arrival.knot, arrival.interpolant)
         self._sample(arrival, previous)
+        if self._checkpoint is not None:
+            self._memory = arrival.remember()
+            if time.perf_counter() - self._saved_at > CHECKPOINT_SECONDS:
+                self._save()
         report = self._report(arrival.knot, arrival.step_size)
         self._progress.update(report)
         reason = self._stop_check(report)
@@ -268,6 +339,48 @@ class FlowRun:
 
     def _note_energy(self, knot: Knot) -> None:
         self._energy.append((knot.t, float(knot.loss), float(knot.gradient @ knot.gradient)))
+
+    def _note_path(self, knot: Knot, interpolant: Interpolant | None) -> None:
+        if self._knots is not None and knot.t > self._knots[-1].t:
+            self._knots.append(knot)
+            self._interpolants.append(interpolant)
+
+    def _save(self) -> None:
+        if self._checkpoint is None:
+            return
+        counts, before = self._objective.counts, self._counted_before
+        state = {
+            "settings": self._settings,
+            "last": pack_knot(self.last),
+            "approximate": self._approximate,
+            "step_size": self._step_size,
+            "memory": pack_memory(self._memory),
+            "samples": [pack_knot(sample) for sample in self._samples],
+            "recent": [[pack_knot(knot), approximate] for knot, approximate in self._recent],
+            "next": [self._next_eval, self._next_sample],
+            "energy": self._energy,
+            "n_accepted": self._n_accepted,
+            "counts": [now - then for now, then in zip(astuple(counts), astuple(before), strict=True)],
+            "elapsed": time.perf_counter() - self._began,
+        }
+        save(self._checkpoint, state)
+        self._saved_at = time.perf_counter()
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        if self._knots is not None:
+            raise ValueError("dense_output=True cannot be had of a run that goes on from a checkpoint; use t_eval.")
+        device = self._objective.device
+        self.last, self._approximate = unpack_knot(state["last"], device), state["approximate"]
+        self._step_size, self._memory = state["step_size"], unpack_memory(state["memory"], device)
+        self._samples = [unpack_knot(sample, device) for sample in state["samples"]]
+        self._recent = [(unpack_knot(knot, device), approximate) for knot, approximate in state["recent"]]
+        self._next_eval, self._next_sample = state["next"]
+        self._energy = [(t, loss, rate) for t, loss, rate in state["energy"]]
+        self._n_accepted = self._n_earlier = state["n_accepted"]
+        past = EvaluationCounts(*state["counts"])
+        counts = self._counted_before
+        self._counted_before = EvaluationCounts(*(a - b for a, b in zip(astuple(counts), astuple(past), strict=True)))
+        self._began -= state["elapsed"]
 
     def _sample(self, arrival: Arrival, previous: Knot) -> None:
         knot = arrival.knot

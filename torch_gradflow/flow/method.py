@@ -56,7 +56,8 @@ class Memory:
     Attributes:
         times: Flow times of accepted points, newest first.
         theta: θ there, shape ``(len(times), P)``.
-        degree: Between the two newest points the polynomial of this degree through the newest ones is the solution.
+        degree: Between the two newest points the polynomial of this degree through the newest ones is the solution; 0 where
+            there is no such polynomial.
         curvature: What is known of the Hessian, shape ``(n, P)``, shared and never written to; or None.
         numbers: Order and the like, as the method needs.
         clock: The time in which that polynomial is one; None for t itself.
@@ -71,7 +72,7 @@ class Memory:
 
     def covers(self, t: float) -> bool:
         """Whether t lies between the two newest points."""
-        return len(self.times) > 1 and self.times[1] <= t <= self.times[0]
+        return self.degree > 0 and self.times[1] <= t <= self.times[0]
 
     def __call__(self, t: float) -> Tensor:
         """θ(t) there, shape ``(P,)``."""
@@ -157,10 +158,6 @@ class FlowMethod(ABC):
             visit: Called at each accepted point but the one at ``t_end``.
             memory: What an earlier run of this method on the same objective left, if it ended at ``start``; else None.
         """
-
-    def n_curvature_rows(self, n_parameters: int) -> int:
-        """How many rows ``Memory.curvature`` has for P parameters."""
-        return 0
 
 
 def n_evaluations(counts: EvaluationCounts) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +42,14 @@ class Choice:
     t: float
     method: str
     reason: str
+
+
+def add_choices(earlier: tuple[Choice, ...], later: tuple[Choice, ...]) -> tuple[Choice, ...]:
+    """Both, without those that only go on with the method that served anyway."""
+    for choice in later:
+        if not earlier or choice.method != earlier[-1].method:
+            earlier = (*earlier, choice)
+    return earlier
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,9 @@ class FlowSolution:
         dissipation_error: How far what the loss lost is from ∫‖∇L‖² dt along the accepted points, relative; see
             ``torch_gradflow.flow.energy``.
         choices: What "auto" chose, when and why.
+        path: θ(t) at any time within the solution, where ``dense_output`` was asked for; else None.
+        global_error: ‖Δθ‖/‖θ‖ at the samples against a run with a tenth of the tolerances, shape ``(n,)``, where it was
+            asked for; else None.
     """
 
     t: Tensor
@@ -104,3 +116,5 @@ class FlowSolution:
     step_size: float
     dissipation_error: float = math.nan
     choices: tuple[Choice, ...] = ()
+    path: Callable[[float], Tensor] | None = None
+    global_error: Tensor | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,6 +58,10 @@ class Objective(ABC):
     @abstractmethod
     def hessian(self, theta: Tensor) -> Tensor:
         """The dense, symmetric H(θ) of shape ``(P, P)``."""
+
+    def kind(self) -> tuple[Any, ...]:
+        """What its costs depend on: objectives of the same kind take about as long."""
+        return type(self).__name__, self.n_parameters, self.dtype, self.device.type
 
     def loss_gradient_hessian(self, theta: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L(θ), ∇L(θ) and H(θ); where they come in one pass, counted as one Hessian."""

@@ -23,7 +23,10 @@ Runs = tuple[tuple[int, Activation], ...]
 
 @dataclass
 class Affine:
-    """W a + b: where W (transposed or not) and b come from, and what follows."""
+    """W a + b: where W (transposed or not) and b come from, and what follows.
+
+    Numbers with which values are multiplied on their way are folded into W and b: they multiply the parameters there.
+    """
 
     weight: Slot | Tensor
     transposed: bool
@@ -31,10 +34,13 @@ class Affine:
     fan_in: int
     fan_out: int
     runs: Runs = ()
+    weight_factor: float = 1.0
+    bias_factor: float = 1.0
 
     def same_parameters_as(self, other: Affine) -> bool:
         """Whether it is the same map, made of the same parameters."""
-        return all(_same_place(getattr(self, key), getattr(other, key)) for key in ("weight", "transposed", "bias"))
+        keys = ("weight", "transposed", "bias", "weight_factor", "bias_factor")
+        return all(_same_place(getattr(self, key), getattr(other, key)) for key in keys)
 
 
 @dataclass
@@ -62,6 +68,7 @@ _SIMPLE = {
     "special_ndtr": "normal_cdf",
 }
 _WITH_NUMBERS = {"softplus": ("beta", "threshold"), "leaky_relu": ("negative_slope",), "elu": ("alpha",), "celu": ("alpha",)}
+_NONE: Runs = ((0, IDENTITY),)
 _TRANSPOSES = frozenset({"T", "mT", "t", "transpose", "swapaxes", "adjoint", "permute"})
 
 
@@ -84,11 +91,16 @@ class LayerReader:
             reshapes.append(call)
             slot = self._values.operand(call)
         while True:
-            runs, slot = self._activation(slot)
+            outer, runs, inner, slot = self._scaled_activation(slot)
             layer, before = self._affine(slot)
             layer.runs = tuple((layer.fan_out, kind) if n == 0 else (n, kind) for n, kind in runs)
             if sum(n for n, _ in layer.runs) != layer.fan_out:
                 raise NotRecognised("activations of slices do not cover the layer")
+            layer.weight_factor = layer.bias_factor = inner
+            if outer != 1.0 and not chain.layers:
+                raise NotRecognised("what the last activation gives is multiplied by a number")
+            if chain.layers:
+                chain.layers[-1].weight_factor *= outer
             chain.layers.append(layer)
             if isinstance(before, Tensor):
                 break
@@ -96,6 +108,17 @@ class LayerReader:
         chain.layers.reverse()
         chain.samples = _samples(before, chain, term, reshapes[::-1])
         return chain
+
+    def _scaled_activation(self, slot: int) -> tuple[float, Runs, float, int]:
+        """The numbers c and s, the activation g between them, and the slot of z: the value is c g(s z)."""
+        outer = 1.0
+        runs, below = self._activation(slot)
+        if (factor := _factor(runs)) is not None:
+            outer, (runs, below) = factor, self._activation(below)
+        if runs == _NONE:
+            return 1.0, runs, outer, below
+        factor = _factor(self._activation(below)[0])
+        return (outer, runs, 1.0, below) if factor is None else (outer, runs, factor, self._values.polynomial(below)[0])
 
     def _activation(self, slot: int) -> tuple[Runs, int]:
         """The activation that made the value, and the slot of the pre-activation; runs of length 0 stand for all neurons."""
@@ -111,7 +134,7 @@ class LayerReader:
                 return ((0, activation),), found
         base, coefficients = self._values.polynomial(slot)
         if base == slot:
-            return ((0, IDENTITY),), slot
+            return _NONE, slot
         kinds = {(0.0, 0.0, 1.0): Activation("square"), (0.0, 0.0, 0.0, 1.0): Activation("cube"), (0.0, 1.0): IDENTITY}
         return ((0, kinds.get(tuple(coefficients), Activation("polynomial", tuple(coefficients)))),), base
 
@@ -255,6 +278,13 @@ def _shape_in_loss(shape: torch.Size, reshapes: list[Call]) -> torch.Size:
     return output.shape
 
 
+def _factor(runs: Runs) -> float | None:
+    """The number with which a polynomial of degree one only multiplies, or None."""
+    ((n, kind), *_) = runs
+    only = n == 0 and kind.name == "polynomial" and len(kind.parameters) == 2 and kind.parameters[0] == 0
+    return kind.parameters[1] if only else None
+
+
 def _named(call: Call, name: str) -> Activation:
     if name == "gelu":
         return Activation("gelu_tanh" if bind(call)["approximate"] == "tanh" else "gelu")
@@ -293,4 +323,4 @@ def _templates(_: tuple[str, ...]) -> list[tuple[Activation, Program]]:
 
 
 def _same_place(a: Any, b: Any) -> bool:
-    return a is b or (isinstance(a, Slot | bool) and a == b)
+    return a is b or (isinstance(a, Slot | bool | float) and a == b)

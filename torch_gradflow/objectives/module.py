@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -112,6 +113,10 @@ class ModuleObjective(FunctionObjective):
         self.engine, self.engine_reason = "torch.func", "engine='torch.func' was asked for"
         if engine != "torch.func":
             self._recognise()
+
+    def kind(self) -> tuple[Any, ...]:
+        """See ``Objective``."""
+        return *super().kind(), self.engine, self._n_samples
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """L(θ) and ∇L(θ)."""
@@ -241,7 +246,7 @@ def _chunks(data: Any, chunk_size: int | None) -> Callable[[], Iterable[Batch]]:
         if len(x) != len(y):
             raise ValueError(f"data must have as many targets as inputs, not {len(y)} and {len(x)}.")
         size = len(x) if chunk_size is None else chunk_size
-        return lambda: ((x[i : i + size], y[i : i + size]) for i in range(0, len(x), max(size, 1)))
+        return partial(_pieces, x, y, max(size, 1))
     if chunk_size is not None:
         raise ValueError("chunk_size splits tensors; an iterable of batches brings its own chunks, so leave it None.")
     if iter(data) is data:
@@ -251,7 +256,16 @@ def _chunks(data: Any, chunk_size: int | None) -> Callable[[], Iterable[Batch]]:
             "the batches of data differ at each evaluation: it shuffles or augments. Use shuffle=False and fixed data; all "
             "batches are accumulated anyway."
         )
-    return lambda: data
+    return partial(_whole, data)
+
+
+def _pieces(x: Tensor, y: Tensor, size: int) -> Iterator[Batch]:
+    """The data in chunks; a function of the module, so that objectives can be pickled."""
+    return ((x[i : i + size], y[i : i + size]) for i in range(0, len(x), size))
+
+
+def _whole(data: Iterable[Batch]) -> Iterable[Batch]:
+    return data
 
 
 def _checksum(batch: Any) -> list[float]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ class PerceptronObjective(Objective):
         dtype: The type of θ, and in plain torch that of the computation; the compiled kernels compute in float64 always.
         index: For each element of φ its place in θ, each place once; −1 where it is frozen. None: θ is φ.
         frozen: φ with the values of what is frozen.
+        scale: What multiplies each element of θ in φ, shape ``(P,)``.
         decay: c, shape ``(P,)``; weight decay λ/2 ‖θ‖² is c = λ/2.
         kernel: "auto" (by a measured rule, see ``torch_gradflow.perceptron.kernels``), "torch" or "numba".
         counts: Where evaluations are counted.
@@ -45,6 +48,7 @@ class PerceptronObjective(Objective):
         dtype: torch.dtype = torch.float64,
         index: Tensor | None = None,
         frozen: Tensor | None = None,
+        scale: Tensor | None = None,
         decay: Tensor | None = None,
         kernel: KernelName = "auto",
         counts: EvaluationCounts | None = None,
@@ -54,6 +58,7 @@ class PerceptronObjective(Objective):
         self.resolution = torch.finfo(dtype).eps
         self.counts = EvaluationCounts() if counts is None else counts
         samples.check(network, loss)
+        self._n_samples = samples.x.shape[1]
         self._kernel = choose_kernel(network, loss, samples.to(dtype), kernel)
         self.kernel = self._kernel.name
         self._moving: Tensor | None = None
@@ -71,6 +76,8 @@ class PerceptronObjective(Objective):
             self.n_parameters = len(self._inverse)
             if frozen is not None:
                 self._frozen = frozen.to(self.device, dtype)
+        self._shape = torch.Size([self.n_parameters])
+        self._scale = None if scale is None else scale.to(self.device, dtype)
         self._decay = None if decay is None else decay.to(self.device, dtype)
 
     @classmethod
@@ -90,16 +97,21 @@ class PerceptronObjective(Objective):
             dtype=dtype,
             index=found.index,
             frozen=found.frozen,
+            scale=found.scale,
             decay=found.decay,
             kernel=kernel,
             counts=counts,
         )
 
+    def kind(self) -> tuple[Any, ...]:
+        """See ``Objective``."""
+        return *super().kind(), self.kernel, self.network.sizes, self._n_samples
+
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """L(θ) and ∇L(θ)."""
         self.counts.n_grad += 1
         loss, gradient = self._kernel.loss_and_gradient(self._phi(theta))
-        gradient = gradient if self._inverse is None else gradient[self._inverse]
+        gradient = self._scaled(gradient if self._inverse is None else gradient[self._inverse])
         return (loss, gradient) if self._decay is None else self._decayed(theta, loss, gradient)
 
     def hvp(self, theta: Tensor, vectors: Tensor) -> Tensor:
@@ -107,17 +119,20 @@ class PerceptronObjective(Objective):
         if vectors.dim() not in (1, 2) or vectors.shape[0] != self.n_parameters:
             wanted = f"({self.n_parameters},) or ({self.n_parameters}, k)"
             raise ValueError(f"vectors must have the shape {wanted}, not {tuple(vectors.shape)}.")
-        columns = vectors.reshape(self.n_parameters, -1)
+        columns = vectors.detach() if vectors.requires_grad else vectors
+        columns = columns if columns.dim() == 2 else columns[:, None]
         self.counts.n_hvp += columns.shape[1]
+        moved = self._scaled(columns)
         if self._inverse is None:
-            products = self._kernel.hvp(self._phi(theta), columns)
+            products = self._kernel.hvp(self._phi(theta), moved)
         else:
             spread = columns.new_zeros(self.network.n_parameters, columns.shape[1])
-            spread[self._inverse] = columns
+            spread[self._inverse] = moved
             products = self._kernel.hvp(self._phi(theta), spread)[self._inverse]
+        products = self._scaled(products)
         if self._decay is not None:
             products = products + 2 * self._decay[:, None] * columns
-        return products.reshape(vectors.shape)
+        return products if vectors.dim() == 2 else products[:, 0]
 
     def hessian(self, theta: Tensor) -> Tensor:
         """H(θ)."""
@@ -129,6 +144,8 @@ class PerceptronObjective(Objective):
         loss, gradient, hessian = self._kernel.loss_gradient_hessian(self._phi(theta))
         if self._inverse is not None:
             gradient, hessian = gradient[self._inverse], hessian[self._inverse][:, self._inverse]
+        if self._scale is not None:
+            gradient, hessian = gradient * self._scale, hessian * self._scale * self._scale[:, None]
         if self._decay is not None:
             hessian.diagonal().add_(2 * self._decay)
             loss, gradient = self._decayed(theta, loss, gradient)
@@ -139,12 +156,19 @@ class PerceptronObjective(Objective):
         weighted = self._decay * theta.detach()
         return loss + weighted @ theta.detach(), gradient + 2 * weighted
 
+    def _scaled(self, rows: Tensor) -> Tensor:
+        """Rows in the order of θ, each times its scale."""
+        if self._scale is None:
+            return rows
+        return rows * (self._scale if rows.dim() == 1 else self._scale[:, None])
+
     def _phi(self, theta: Tensor) -> Tensor:
-        if theta.numel() != self.n_parameters or theta.dim() != 1:  # a compiled kernel would read beyond its end
+        if theta.shape != self._shape:  # a compiled kernel would read beyond its end
             raise ValueError(f"theta must have the shape ({self.n_parameters},), not {tuple(theta.shape)}.")
+        theta = self._scaled(theta.detach() if theta.requires_grad else theta)
         if self._moving is None:
-            return theta.detach() if theta.requires_grad else theta
-        phi = theta.detach()[self._moving.clamp(min=0)]
+            return theta
+        phi = theta[self._moving.clamp(min=0)]
         return phi if self._frozen is None else torch.where(self._moving < 0, self._frozen, phi)
 
 

@@ -34,6 +34,7 @@ class RecognisedPerceptron:
         samples: Its data; not copied where that was not necessary.
         index: For each element of φ its place in θ, −1 where it is frozen; shape ``(P_φ,)``.
         frozen: φ with the values of what is frozen, and zeros; None where nothing is.
+        scale: For each element of θ what multiplies it in φ, shape ``(P,)``; None where that is 1 throughout.
         decay: The c of a penalty Σ c θ² in the loss, shape ``(P,)``; None where there is none.
     """
 
@@ -42,6 +43,7 @@ class RecognisedPerceptron:
     samples: Samples
     index: Tensor
     frozen: Tensor | None
+    scale: Tensor | None
     decay: Tensor | None
 
 
@@ -74,10 +76,11 @@ def _read(program: Program, layout: ParameterLayout) -> RecognisedPerceptron:
         raise NotRecognised("the loss consists of penalties only")
     chains = [layers.chain(term) for term in terms]
     _check_same(chains)
-    index, frozen = _places(chains[0], layout)
+    index, frozen, factors = _places(chains[0], layout)
+    multiples = layout.expand(factors) if any(factor != 1.0 for factor in factors) else None
     decay = layout.expand([losses.decay.get(i, 0.0) for i in range(len(layout.shapes))]) if losses.decay else None
     samples = _together([chain.samples for chain in chains if chain.samples is not None])
-    return RecognisedPerceptron(chains[0].network(), chains[0].loss, samples, index, frozen, decay)
+    return RecognisedPerceptron(chains[0].network(), chains[0].loss, samples, index, frozen, multiples, decay)
 
 
 def _check_same(chains: Sequence[Chain]) -> None:
@@ -97,7 +100,7 @@ def joined(parts: Sequence[RecognisedPerceptron]) -> RecognisedPerceptron:
     """
     first = parts[0]
     for part in parts[1:]:
-        same_places = torch.equal(part.index, first.index) and same(part.frozen, first.frozen)
+        same_places = torch.equal(part.index, first.index) and same((part.frozen, part.scale), (first.frozen, first.scale))
         if (part.network, part.loss) != (first.network, first.loss) or not same_places:
             raise NotRecognised("the chunks differ in their operations")
     decays = [part.decay for part in parts if part.decay is not None]
@@ -113,24 +116,28 @@ def _together(parts: Sequence[Samples]) -> Samples:
     return Samples(x, targets, torch.cat([p.weights for p in parts]))
 
 
-def _places(chain: Chain, layout: ParameterLayout) -> tuple[Tensor, Tensor | None]:
-    """Where each element of φ lies in θ, and the values of what does not."""
+def _places(chain: Chain, layout: ParameterLayout) -> tuple[Tensor, Tensor | None, list[float]]:
+    """Where each element of φ lies in θ, the values of what does not, and what multiplies each parameter."""
     places = torch.arange(layout.n_parameters).split([shape.numel() for shape in layout.shapes])
     index, frozen, used = [], [], []
+    factors: dict[int, float] = {}
     for layer in chain.layers:
-        for leaf, transposed in ((layer.weight, layer.transposed), (layer.bias, False)):
+        parts = ((layer.weight, layer.transposed, layer.weight_factor), (layer.bias, False, layer.bias_factor))
+        for leaf, transposed, factor in parts:
             if leaf is None:
                 continue
             if isinstance(leaf, Slot):
                 used.append(leaf.index)
+                factors[leaf.index] = factor
                 matrix = places[leaf.index].view(layout.shapes[leaf.index])
                 frozen.append(torch.zeros(matrix.numel(), dtype=torch.float64))
             else:
                 matrix = torch.full(leaf.shape, -1)
                 values = leaf.detach().T if transposed else leaf.detach()
-                frozen.append(values.reshape(-1).to("cpu", torch.float64))
+                frozen.append(factor * values.reshape(-1).to("cpu", torch.float64))
             index.append((matrix.T if transposed else matrix).reshape(-1))
     if sorted(used) != list(range(len(layout.shapes))):
         raise NotRecognised("a parameter is used more than once, or not at all")
     everything = torch.cat(index)
-    return everything, torch.cat(frozen) if bool((everything < 0).any()) else None
+    fixed = torch.cat(frozen) if bool((everything < 0).any()) else None
+    return everything, fixed, [factors[i] for i in range(len(layout.shapes))]

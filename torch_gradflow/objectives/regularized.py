@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,6 +74,10 @@ class Regularized(Objective):
         self._base = base
         self._penalties = penalties
 
+    def kind(self) -> tuple[Any, ...]:
+        """See ``Objective``."""
+        return "regularized", *self._base.kind()
+
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """F(θ) and ∇F(θ)."""
         return self._penalties.add(theta, *self._base.loss_and_gradient(theta))
@@ -116,6 +121,10 @@ class Rescaled(Objective):
         self.counts: EvaluationCounts = base.counts
         self._base = base
         self._root = inverse_time_constants.sqrt()
+
+    def kind(self) -> tuple[Any, ...]:
+        """See ``Objective``."""
+        return "rescaled", *self._base.kind()
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """L(D^½ φ) and D^½ ∇L(D^½ φ)."""

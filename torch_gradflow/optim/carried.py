@@ -1,12 +1,13 @@
 """What a flow carries from one optimizer step to the next, kept where torch keeps an optimizer's state.
 
 Tensors stand in ``optimizer.state[parameter]`` in the parameter's shape (so checkpoints of any kind know them): "theta", where
-the last step left the parameter, in the type in which the flow is computed; "slope",
-the gradient to be expected at the next step if nothing changes, and "knots", the accepted points around and ahead of the
-present, θ first, then gradients. Plain numbers stand in the parameter groups, the same in each. All of it is in the
-coordinates φ = θ/√d of the flow. While the flow advances with one gradient per call (``flow.adams``), the "knots" are the
-last accepted point and the gradients kept, and "theta" is the proposal that stands in the parameters. Nothing is held
-anywhere else, so that a resumed flow continues bit for bit.
+the last step left the parameter, in the type in which the flow is computed; "slope", the gradient to be expected at the next
+step if nothing changes; "knots", the accepted points around and ahead of the present, θ first, then gradients; and for methods
+with a memory "points", the accepted points that it holds, and "curvature", what it knows of the Hessian (of each row of
+length P the parameter's own part). Plain numbers stand in the parameter groups, the same in each. All of it is in the
+coordinates φ = θ/√d of the flow. While the flow advances with one gradient per call (``flow.adams``), the "knots" are the last
+accepted point and the gradients kept, and "theta" is the proposal that stands in the parameters. Nothing is held anywhere
+else, so that a resumed flow continues bit for bit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch.optim.optimizer import Optimizer
 
 from torch_gradflow.flow.adams import AdamsState
 from torch_gradflow.flow.continuation import Continuation
-from torch_gradflow.flow.dense import HermiteWindow
+from torch_gradflow.flow.dense import Clock, HermiteWindow
+from torch_gradflow.flow.method import FlowMethod, Memory
 from torch_gradflow.flow.solution import Knot
 from torch_gradflow.optim.closure_optimizer import ActiveParameters
 
@@ -31,6 +33,7 @@ DEFAULTS: dict[str, Any] = {
     "step_size": 0.0,
     "expected_loss": math.nan,
     "knot_times": [],
+    "memory": [],
     "seen": 0,
     "moved_at": [],
     "multistep": [],
@@ -61,21 +64,27 @@ def step_size(optimizer: Optimizer) -> float | None:
     return float(optimizer.param_groups[0]["step_size"]) or None
 
 
-def initialise(optimizer: Optimizer, n_knots: int, dtype: torch.dtype) -> None:
+def initialise(optimizer: Optimizer, method: FlowMethod, dtype: torch.dtype) -> None:
     """Give each parameter that requires gradients the entries that it will have after a step."""
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.requires_grad and not optimizer.state[p]:
-                optimizer.state[p] = {
-                    "theta": p.detach().to(dtype, copy=True),
-                    "slope": torch.zeros_like(p, dtype=dtype),
-                    "knots": torch.zeros(2 * n_knots, *p.shape, dtype=dtype, device=p.device),
-                }
+    moving = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+    for p in moving:
+        if not optimizer.state[p]:
+            rows = {"knots": knot_rows(method), "points": method.n_points}
+            optimizer.state[p] = {
+                "theta": p.detach().to(dtype, copy=True),
+                "slope": torch.zeros_like(p, dtype=dtype),
+                **{name: torch.zeros(n, *p.shape, dtype=dtype, device=p.device) for name, n in rows.items() if n},
+            }
 
 
-def read(optimizer: Optimizer, active: ActiveParameters, n_knots: int) -> Carried | None:
+def knot_rows(method: FlowMethod) -> int:
+    """Rows of "knots": θ and gradients of the window, or what a flow with one gradient per call keeps."""
+    return max(4, 2 * method.n_knots)
+
+
+def read(optimizer: Optimizer, active: ActiveParameters, method: FlowMethod) -> Carried | None:
     """What the last step left, or None if there is nothing, or if other parameters move now, or at other speeds."""
-    group, states = optimizer.param_groups[0], _states(optimizer, active, n_knots)
+    group, states = optimizer.param_groups[0], _states(optimizer, active, method)
     if states is None or math.isnan(group["expected_loss"]):
         return None
     layout, t = active.layout, float(group["flow_time"])
@@ -84,31 +93,64 @@ def read(optimizer: Optimizer, active: ActiveParameters, n_knots: int) -> Carrie
     here = Knot(t, layout.flatten(active.tensors), loss, layout.flatten([s["slope"] for s in states]))
     window = None
     if group["knot_times"]:
-        knots = torch.cat([s["knots"].reshape(2 * n_knots, -1) for s in states], dim=1)
-        window = HermiteWindow(tuple(group["knot_times"]), knots[:n_knots], knots[n_knots:])
-    return Carried(Continuation(here, step_size(optimizer), window), int(group["seen"]))
+        n, knots = len(group["knot_times"]), _gather(states, "knots")
+        window = HermiteWindow(tuple(group["knot_times"]), knots[:n], knots[n : 2 * n])
+    return Carried(Continuation(here, step_size(optimizer), window, _read_memory(group, states)), int(group["seen"]))
 
 
-def write(optimizer: Optimizer, active: ActiveParameters, state: Continuation, seen: int) -> None:
+def _read_memory(group: dict[str, Any], states: list[dict[str, Any]]) -> Memory | None:
+    if not group["memory"]:
+        return None
+    n_times, degree, n_rows, origin, unit, *rest = group["memory"]
+    times, numbers = rest[: int(n_times)], rest[int(n_times) :]
+    return Memory(
+        tuple(times),
+        _gather(states, "points")[: len(times)],
+        int(degree),
+        # A checkpoint loaded into a state that was made beforehand may lack it: it is found anew then.
+        _gather(states, "curvature") if n_rows and all("curvature" in s for s in states) else None,
+        tuple(numbers),
+        Clock(origin, unit) if unit else None,
+    )
+
+
+def _write_memory(optimizer: Optimizer, active: ActiveParameters, method: FlowMethod, memory: Memory) -> list[float]:
+    """The rows into the states; the numbers are returned."""
+    n_rows = 0 if memory.curvature is None else memory.curvature.shape[0]
+    _scatter(optimizer, active, "points", memory.theta, method.n_points)
+    if memory.curvature is not None:
+        _scatter(optimizer, active, "curvature", memory.curvature, n_rows)
+    clock = (0.0, 0.0) if memory.clock is None else (memory.clock.origin, memory.clock.unit)
+    return [float(x) for x in (len(memory.times), memory.degree, n_rows, *clock, *memory.times, *memory.numbers)]
+
+
+def _gather(states: list[dict[str, Any]], name: str) -> Tensor:
+    """Rows of length P from the parameters' parts."""
+    return torch.cat([s[name].reshape(s[name].shape[0], -1) for s in states], dim=1)
+
+
+def _scatter(optimizer: Optimizer, active: ActiveParameters, name: str, rows: Tensor, n_rows: int) -> None:
+    """The inverse of ``_gather``; rows that are missing up to ``n_rows`` are zero."""
+    missing = rows.new_zeros(max(0, n_rows - rows.shape[0]), rows.shape[1])
+    columns = torch.cat([rows, missing]).split([shape.numel() for shape in active.layout.shapes], dim=1)
+    for p, column in zip(active.tensors, columns, strict=True):
+        optimizer.state[p][name] = column.reshape(column.shape[0], *p.shape).contiguous()
+
+
+def write(optimizer: Optimizer, active: ActiveParameters, method: FlowMethod, state: Continuation, seen: int) -> None:
     """Keep where the flow stands for the next step."""
-    layout, window = active.layout, state.window
-    slopes = layout.split(state.here.gradient)
-    n_knots = 0
-    columns: list[Tensor] = []
+    layout, window, memory = active.layout, state.window, state.memory
+    for p, slope in zip(active.tensors, layout.split(state.here.gradient), strict=True):
+        optimizer.state[p]["slope"] = slope.clone()
     if window is not None:
-        n_knots = len(window.times)
-        knots = torch.cat([window.theta, window.gradient])
-        columns = list(knots.split([shape.numel() for shape in layout.shapes], dim=1))
-    for i, p in enumerate(active.tensors):
-        optimizer.state[p]["slope"] = slopes[i].clone()
-        if window is not None:
-            optimizer.state[p]["knots"] = columns[i].reshape(2 * n_knots, *p.shape).contiguous()
+        _scatter(optimizer, active, "knots", torch.cat([window.theta, window.gradient]), knot_rows(method))
     _write_numbers(
         optimizer,
         flow_time=state.here.t,
         step_size=state.step_size or 0.0,
         expected_loss=float(state.here.loss),
         knot_times=[] if window is None else list(window.times),
+        memory=[] if memory is None else _write_memory(optimizer, active, method, memory),
         seen=seen,
         moved_at=_speeds(optimizer),
         multistep=[],
@@ -116,12 +158,12 @@ def write(optimizer: Optimizer, active: ActiveParameters, state: Continuation, s
     )
 
 
-def read_multistep(optimizer: Optimizer, active: ActiveParameters, n_knots: int) -> AdamsState | None:
+def read_multistep(optimizer: Optimizer, active: ActiveParameters, method: FlowMethod) -> AdamsState | None:
     """Where a flow with one gradient per call stands, or None; the same conditions as for ``read``."""
-    group, states = optimizer.param_groups[0], _states(optimizer, active, n_knots)
+    group, states = optimizer.param_groups[0], _states(optimizer, active, method)
     if states is None or not group["multistep"]:
         return None
-    rows = torch.cat([s["knots"].reshape(2 * n_knots, -1) for s in states], dim=1)
+    rows = _gather(states, "knots")
     order, proposed, n_rejected, restless, jump = group["multistep"]
     times = tuple(group["knot_times"])
     return AdamsState(
@@ -138,13 +180,11 @@ def read_multistep(optimizer: Optimizer, active: ActiveParameters, n_knots: int)
     )
 
 
-def write_multistep(optimizer: Optimizer, active: ActiveParameters, state: AdamsState, n_knots: int, owed: float) -> None:
+def write_multistep(
+    optimizer: Optimizer, active: ActiveParameters, method: FlowMethod, state: AdamsState, owed: float
+) -> None:
     """Keep where a flow with one gradient per call stands, and the flow time that its calls were short of."""
-    unused = state.theta.new_zeros(2 * n_knots - 1 - len(state.times), state.theta.numel())
-    rows = torch.cat([state.theta[None], state.gradients, unused])
-    columns = rows.split([shape.numel() for shape in active.layout.shapes], dim=1)
-    for p, column in zip(active.tensors, columns, strict=True):
-        optimizer.state[p]["knots"] = column.reshape(2 * n_knots, *p.shape).contiguous()
+    _scatter(optimizer, active, "knots", torch.cat([state.theta[None], state.gradients]), knot_rows(method))
     numbers = [state.order, state.proposed, state.n_rejected, state.restless, state.jump]
     forget(optimizer, state.t, state.step_size)
     _write_numbers(
@@ -161,13 +201,13 @@ def forget(optimizer: Optimizer, flow_time: float, next_step_size: float | None 
     )
 
 
-def _states(optimizer: Optimizer, active: ActiveParameters, n_knots: int) -> list[dict[str, Any]] | None:
+def _states(optimizer: Optimizer, active: ActiveParameters, method: FlowMethod) -> list[dict[str, Any]] | None:
     """The state of each moving parameter, or None if others moved before, at other speeds, or by another method."""
     if optimizer.param_groups[0]["moved_at"] != _speeds(optimizer):
         return None
     states = [optimizer.state[p] for p in active.tensors]
     for state in states:
-        if "slope" not in state or state["knots"].shape[0] != 2 * n_knots or state["knots"].dtype != active.layout.dtype:
+        if "slope" not in state or state["knots"].shape[0] != knot_rows(method) or state["knots"].dtype != active.layout.dtype:
             return None
     return states
 

@@ -20,7 +20,7 @@ from torch_gradflow.flow.integrate import FlowRun, check_arguments, failure_mess
 from torch_gradflow.flow.method import FlowMethod
 from torch_gradflow.flow.methods import find_method
 from torch_gradflow.flow.progress import Progress
-from torch_gradflow.flow.solution import FlowReport, FlowSolution, Knot
+from torch_gradflow.flow.solution import Choice, FlowReport, FlowSolution, Knot, add_choices
 from torch_gradflow.flow.stopping import StoppingRule
 from torch_gradflow.objectives.base import ClosureError, Objective
 from torch_gradflow.objectives.contract import agree
@@ -44,7 +44,8 @@ class FlowStats:
             called again) or "fallback" (a loop without a record that serves: one gradient per call, the one in ``.grad``).
         engine_reason: Why the replay does not serve, or "".
         kernel: With the engine "perceptron", "numba" (compiled) or "torch"; else "".
-        method: The integrator.
+        method: The integrator that served last.
+        choices: What "auto" chose, when and why; a method that goes on serving is named once.
         loss: L at the end of the last step where that is known, else at its start.
         grad_norm: ‖∇L‖ in the infinity norm at the same point (of the regularised loss, if it is regularised).
         step_size: The integrator's next step size, in flow time.
@@ -65,6 +66,7 @@ class FlowStats:
     engine_reason: str = ""
     kernel: str = ""
     method: str = ""
+    choices: tuple[Choice, ...] = ()
     loss: float = math.nan
     grad_norm: float = math.nan
     step_size: float = 0.0
@@ -221,8 +223,8 @@ class GradientFlow(ClosureOptimizer):
         theta: Tensor | None,
     ) -> Any:
         """A step along the flow of the closure's or the loop's objective."""
-        known = None if theta is None else carried.read(self, active, self._method.n_knots)
-        behind = None if theta is None else carried.read_multistep(self, active, self._method.n_knots)
+        known = None if theta is None else carried.read(self, active, self._method)
+        behind = None if theta is None else carried.read_multistep(self, active, self._method)
 
         def is_expected(loss: Tensor, gradient: Tensor, theta: Tensor) -> bool:
             if known is None:
@@ -265,7 +267,7 @@ class GradientFlow(ClosureOptimizer):
                 raise
             on_accept(piece.state.here)
         self._initialise_state()
-        carried.write(self, active, piece.state, seen)
+        carried.write(self, active, self._method, piece.state, seen)
         self._keep_theta(active, accepted.theta)
         self._note_step(opened, piece, problem)
         return opened.loss if opened.returned is None else opened.returned
@@ -317,7 +319,7 @@ class GradientFlow(ClosureOptimizer):
     ) -> Tensor | None:
         """A step with the one gradient that the loop left in ``.grad``; a silent one will be made up for in full."""
         loss = None if recording is None or recording.loss is None else recording.loss.detach()
-        behind = None if theta is None else carried.read_multistep(self, active, self._method.n_knots)
+        behind = None if theta is None else carried.read_multistep(self, active, self._method)
         theta = active.layout.flatten(active.tensors) if theta is None else theta
         found = active.layout.gradient(active.tensors)
         _, gradient = problem.dress(found.new_zeros(()), found, theta)
@@ -333,7 +335,7 @@ class GradientFlow(ClosureOptimizer):
         proposal = state.proposal() * problem.scale
         active.layout.write(proposal, active.tensors)
         owed = (float(self.param_groups[0]["owed"]) if behind is not None else 0.0) + cap - (state.t - t) if silent else 0.0
-        carried.write_multistep(self, active, state, self._method.n_knots, owed)
+        carried.write_multistep(self, active, self._method, state, owed)
         self._keep_theta(active, proposal)
         self._memory.program = None
         message = f"One gradient per call, because {reason}: the last proposal was {verdict}, t = {state.t:.6g}."
@@ -355,13 +357,13 @@ class GradientFlow(ClosureOptimizer):
         active = self._active()
         if active is None or self._known_theta(active) is None:
             return
-        state = carried.read_multistep(self, active, self._method.n_knots)
+        state = carried.read_multistep(self, active, self._method)
         if state is None or not state.proposed:
             return
         theta = state.theta * self._problem(active).scale
         active.layout.write(theta, active.tensors)
         owed = float(self.param_groups[0]["owed"])
-        carried.write_multistep(self, active, replace(state, proposed=0.0), self._method.n_knots, owed)
+        carried.write_multistep(self, active, self._method, replace(state, proposed=0.0), owed)
         self._keep_theta(active, theta)
 
     def integrate(
@@ -425,7 +427,7 @@ class GradientFlow(ClosureOptimizer):
     ) -> FlowSolution:
         problem = self._problem(active)
         theta = self._known_theta(active)
-        behind = None if theta is None else carried.read_multistep(self, active, self._method.n_knots)
+        behind = None if theta is None else carried.read_multistep(self, active, self._method)
         t = self.flow_time + (0.0 if behind is None else behind.proposed)
         with self._open(closure, recording, active, theta=theta) as (opened, accepted):
             objective, start = problem.field(opened, t)
@@ -454,14 +456,15 @@ class GradientFlow(ClosureOptimizer):
         self._initialise_state()
         self._keep_theta(active, accepted.theta)
         solution = self.solution
-        self._note(opened.engine, opened.reason, self._method.name, solution.status, solution.message, solution.step_size)
+        self._note_choices(solution.choices)
+        self._note(opened.engine, opened.reason, self._served(), solution.status, solution.message, solution.step_size)
         self.stats.loss, self.stats.grad_norm = problem.sign * float(run.last.loss), run.grad_norm
         self.stats.n_accepted += self.solution.n_accepted
         self.stats.n_rejected += self.solution.n_rejected
         return self.solution
 
     def _initialise_state(self) -> None:
-        carried.initialise(self, self._method.n_knots, self._working_dtype())
+        carried.initialise(self, self._method, self._working_dtype())
 
     def _problem(self, active: ActiveParameters) -> FlowProblem:
         reference = carried.reference_lr(self)
@@ -474,11 +477,19 @@ class GradientFlow(ClosureOptimizer):
             message = failure_message(piece.end)
             warnings.warn(f"The step ended before its time ({piece.end.status}). {message}", GradientFlowWarning, stacklevel=4)
         step_size = piece.state.step_size or 0.0
-        self._note(opened.engine, opened.reason, self._method.name, piece.status, message, step_size)
+        self._note_choices(piece.choices)
+        self._note(opened.engine, opened.reason, self._served(), piece.status, message, step_size)
         self.stats.loss = problem.sign * float(here.loss)
         self.stats.grad_norm = float((here.gradient / problem.scale).abs().max())
         self.stats.n_accepted += piece.n_accepted
         self.stats.n_rejected += piece.n_rejected
+
+    def _note_choices(self, choices: tuple[Choice, ...]) -> None:
+        self.stats = replace(self.stats, choices=add_choices(self.stats.choices, choices))
+
+    def _served(self) -> str:
+        """The integrator that served last: where it chooses itself, what it chose."""
+        return self.stats.choices[-1].method if self.stats.choices else self._method.name
 
     def _note(self, engine: str, reason: str, method: str, status: str, message: str, step_size: float) -> None:
         counts = self._counts

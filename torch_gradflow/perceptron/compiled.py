@@ -4,8 +4,9 @@ The samples come in chunks that fit into the cache. In a chunk every quantity is
 column per sample (feature-major), so that all arithmetic is on rows: several samples at a time, as `Lanes`. The number of
 columns is padded to a multiple of `LANES` with copies of the last sample that have weight 0.
 
-A kernel takes few arguments, because each array costs 0.1 µs: the parameters φ, where to write, and the two arrays of a
-`_Shard`, which hold everything else (see `_Plan`).
+A kernel takes few arguments: the parameters φ, where to write, and the two arrays of a `Shard`, which hold everything else
+(see "What the kernels find where"). As each array costs 0.1 µs, and a tensor's array 0.6 µs more, each kernel has a second
+form that takes addresses.
 
 Notation: z_l = W_l a_{l−1} + b_l, a_l = g_l(z_l), a_0 = x, f = a_L, and the loss is L = Σ_n w_n ℓ(f_n, t_n).
 """
@@ -14,11 +15,12 @@ import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from torch_gradflow.perceptron.vector_math import (
     LANES,
@@ -30,11 +32,13 @@ from torch_gradflow.perceptron.vector_math import (
     exp_and_expm1_of_negative,
     exp_of_negative,
     inlined,
+    integers_at,
     load,
     log_from_one,
     lower_tail,
     multiply_add,
     number_at,
+    numbers_at,
     part,
     select_greater,
     square_root,
@@ -300,33 +304,33 @@ def _activate_twice(
 # A plan is an array of integers: a header, a record per layer, a record per run of neurons with the same activation. "Place"
 # means an index into the storage, an array of float64 numbers.
 
-_DEPTH, _LOSS, _FEATURES, _OUTPUTS, _TARGET_ROWS = 0, 1, 2, 3, 4
-_COUNT = 5  # samples, with those of the padding
-_CHUNK = 6  # columns of a chunk; the last one may have fewer
-_SAMPLES = 7  # place of the samples: for each chunk the rows of x, of the targets, and of the weights
-_LOSS_PARAMETER = 8  # its place
-_COEFFICIENTS = 9  # numbers in the parameters of an activation
-_SCRATCH = 10  # place of _SCRATCH_SIZE numbers, or of a row if that is longer
-_PULL = 11  # place of w ℓ′ for each output
-_CURVATURE = 12  # place of ℓ″ for each output, and one row more; see _loss
-_ROWS = 13  # place of _ROWS_COUNT more rows
-_JACOBIAN = 14  # place of the Hessian kernel's two matrices, P rows each
-_PARAMETER_COUNT = 15  # P
-_HEADER = 16
+DEPTH, LOSS, FEATURES, OUTPUTS, TARGET_ROWS = 0, 1, 2, 3, 4
+COUNT = 5  # samples, with those of the padding
+CHUNK = 6  # columns of a chunk; the last one may have fewer
+SAMPLES = 7  # place of the samples: for each chunk the rows of x, of the targets, and of the weights
+LOSS_PARAMETER = 8  # its place
+COEFFICIENTS = 9  # numbers in the parameters of an activation
+SCRATCH = 10  # place of _SCRATCH_SIZE numbers, or of a row if that is longer
+PULL = 11  # place of w ℓ′ for each output
+CURVATURE = 12  # place of ℓ″ for each output, and one row more; see loss_of_chunk
+ROWS = 13  # place of _ROWS_COUNT more rows
+WORKSPACE = 14  # place of the rows that the kernels of Hessians want
+PARAMETER_COUNT = 15  # P
+HEADER = 16
 
-_FAN_IN, _WIDTH, _WEIGHTS, _BIASES = 0, 1, 2, 3  # the latter two as indices into φ; −1 without biases
-_VALUE, _SLOPE, _BEND = 4, 5, 6  # places of a, g′ and g″
-_DELTA, _RATE, _TANGENT = 7, 8, 9  # places of ∂L/∂z, and of the changes of z and a along a vector
-_FIRST_RUN, _LAST_RUN = 10, 11  # indices into the plan
-_LAYER = 12
+FAN_IN, WIDTH, WEIGHTS, BIASES = 0, 1, 2, 3  # the latter two as indices into φ; −1 without biases
+VALUE, SLOPE, BEND = 4, 5, 6  # places of a, g′ and g″
+DELTA, RATE, TANGENT = 7, 8, 9  # places of ∂L/∂z, and of the changes of z and a along a vector
+FIRST_RUN, LAST_RUN = 10, 11  # indices into the plan
+LAYER = 12
 
-_START, _STOP, _CODE, _PARAMETERS = 0, 1, 2, 3  # neurons of the layer; the latter a place
-_RUN = 4
+START, STOP, CODE, PARAMETERS = 0, 1, 2, 3  # neurons of the layer; the latter a place
+RUN = 4
 
 _SCRATCH_SIZE = 1024
 _ROWS_COUNT = 6
 _PANEL = 8  # columns of the Hessian at a time
-_TILE = 32  # rows and columns of the blocks that are transposed
+TILE = 32  # rows and columns of the blocks that are transposed
 _BLOCK = 12  # rows at a time in the backward pass
 
 
@@ -468,7 +472,7 @@ def _row_sum(storage: Numbers, x: int, n: int) -> float:
 
 
 @part
-def _add_outer(
+def add_outer(
     out: Numbers, at: int, stride: int, step: int, storage: Numbers, x: int, rows: int, y: int, columns: int, n: int
 ) -> None:
     """Add X Yᵀ, for matrices with the rows from x and from y on, to a matrix that stands in `out` from `at` on.
@@ -507,7 +511,7 @@ def _add_outer(
 
 
 @part
-def _add_row_sums(out: Numbers, at: int, storage: Numbers, x: int, rows: int, n: int) -> None:
+def add_row_sums(out: Numbers, at: int, storage: Numbers, x: int, rows: int, n: int) -> None:
     """Add the sum of each row from x on to `out`, from `at` on."""
     for r in range(rows):
         out[at + r] += _row_sum(storage, x + r * n, n)
@@ -544,10 +548,10 @@ def _huber(f: Lanes, target: Lanes, delta: float) -> _Derivatives:
 
 @part
 def _separable_loss(plan: Integers, storage: Numbers, f: int, targets: int, n: int) -> float:
-    """Σ w ℓ for a loss that is a sum over outputs; writes w ℓ′ to _PULL and w ℓ″ to _CURVATURE."""
-    code, outputs, pull, curvature = plan[_LOSS], plan[_OUTPUTS], plan[_PULL], plan[_CURVATURE]
-    weights = targets + plan[_TARGET_ROWS] * n
-    delta = storage[plan[_LOSS_PARAMETER]]
+    """Σ w ℓ for a loss that is a sum over outputs; writes w ℓ′ to PULL and w ℓ″ to CURVATURE."""
+    code, outputs, pull, curvature = plan[LOSS], plan[OUTPUTS], plan[PULL], plan[CURVATURE]
+    weights = targets + plan[TARGET_ROWS] * n
+    delta = storage[plan[LOSS_PARAMETER]]
     sum_ = broadcast(0.0)
     for row in range(outputs):
         for i in range(0, n, LANES):
@@ -568,11 +572,11 @@ def _separable_loss(plan: Integers, storage: Numbers, f: int, targets: int, n: i
 
 @part
 def _cross_entropy(plan: Integers, storage: Numbers, f: int, targets: int, n: int) -> float:
-    """Σ w ℓ with ℓ = Σ_c t_c (log Σ_d exp f_d − f_c), and w ℓ′ = w (T p − t) to _PULL, with T = Σ_c t_c and p = softmax(f).
+    """Σ w ℓ with ℓ = Σ_c t_c (log Σ_d exp f_d − f_c), and w ℓ′ = w (T p − t) to PULL, with T = Σ_c t_c and p = softmax(f).
 
-    Writes p to the rows of _CURVATURE and w T to the row behind them: the second derivative is w T (diag(p) − p pᵀ).
+    Writes p to the rows of CURVATURE and w T to the row behind them: the second derivative is w T (diag(p) − p pᵀ).
     """
-    outputs, pull, curvature = plan[_OUTPUTS], plan[_PULL], plan[_CURVATURE]
+    outputs, pull, curvature = plan[OUTPUTS], plan[PULL], plan[CURVATURE]
     weights = targets + outputs * n
     sum_ = broadcast(0.0)
     for i in range(0, n, LANES):
@@ -602,9 +606,9 @@ def _cross_entropy(plan: Integers, storage: Numbers, f: int, targets: int, n: in
 
 
 @part
-def _loss(plan: Integers, storage: Numbers, f: int, targets: int, n: int) -> float:
+def loss_of_chunk(plan: Integers, storage: Numbers, f: int, targets: int, n: int) -> float:
     """The chunk's part of the loss, and its derivatives with respect to the outputs f."""
-    if plan[_LOSS] == 1:
+    if plan[LOSS] == 1:
         return _cross_entropy(plan, storage, f, targets, n)
     return _separable_loss(plan, storage, f, targets, n)
 
@@ -613,36 +617,36 @@ def _loss(plan: Integers, storage: Numbers, f: int, targets: int, n: int) -> flo
 
 
 @part
-def _forward(phi: Numbers, plan: Integers, storage: Numbers, x: int, n: int, twice: bool) -> None:
+def forward_pass(phi: Numbers, plan: Integers, storage: Numbers, x: int, n: int, twice: bool) -> None:
     """a and g′ of every layer, with `twice` also g″, for the n samples with rows from x on."""
-    source, scratch = x, plan[_SCRATCH]
+    source, scratch = x, plan[SCRATCH]
     group = max(_SCRATCH_SIZE // n, 1)
-    for layer in range(_HEADER, _HEADER + plan[_DEPTH] * _LAYER, _LAYER):
-        weights, biases, fan_in = plan[layer + _WEIGHTS], plan[layer + _BIASES], plan[layer + _FAN_IN]
-        for run in range(plan[layer + _FIRST_RUN], plan[layer + _LAST_RUN], _RUN):
-            code, parameters, count, end = plan[run + _CODE], plan[run + _PARAMETERS], plan[_COEFFICIENTS], plan[run + _STOP]
-            for start in range(plan[run + _START], end, group):
+    for layer in range(HEADER, HEADER + plan[DEPTH] * LAYER, LAYER):
+        weights, biases, fan_in = plan[layer + WEIGHTS], plan[layer + BIASES], plan[layer + FAN_IN]
+        for run in range(plan[layer + FIRST_RUN], plan[layer + LAST_RUN], RUN):
+            code, parameters, count, end = plan[run + CODE], plan[run + PARAMETERS], plan[COEFFICIENTS], plan[run + STOP]
+            for start in range(plan[run + START], end, group):
                 stop = min(start + group, end)
                 _affine(phi, weights, biases, fan_in, storage, source, n, start, stop, scratch)
                 size = (stop - start) * n
-                value, slope = plan[layer + _VALUE] + start * n, plan[layer + _SLOPE] + start * n
+                value, slope = plan[layer + VALUE] + start * n, plan[layer + SLOPE] + start * n
                 if twice:
-                    bend = plan[layer + _BEND] + start * n
+                    bend = plan[layer + BEND] + start * n
                     _activate_twice(storage, code, parameters, count, scratch, value, slope, bend, size)
                 else:
                     _activate(storage, code, parameters, count, scratch, value, slope, size)
-        source = plan[layer + _VALUE]
+        source = plan[layer + VALUE]
 
 
 @part
-def _multiply(storage: Numbers, out: int, x: int, y: int, size: int) -> None:
+def multiply(storage: Numbers, out: int, x: int, y: int, size: int) -> None:
     """Products of numbers at x and y, elementwise."""
     for i in range(0, size, LANES):
         store(storage, out + i, load(storage, x + i) * load(storage, y + i))
 
 
 @part
-def _pull_back(
+def pull_back(
     phi: Numbers, weights: int, fan_in: int, width: int, storage: Numbers, delta: int, n: int, rows: int, factor: int, out: int
 ) -> None:
     """Some rows of Wᵀ δ, times the rows of `factor`: ∂L/∂z of the layer before, if these are that layer's g′.
@@ -675,27 +679,27 @@ def _backward(phi: Numbers, plan: Integers, storage: Numbers, x: int, n: int, gr
 
     What is done with a row of a and ∂L/∂z is done for few rows at a time, while they are in the first-level cache.
     """
-    last = _HEADER + (plan[_DEPTH] - 1) * _LAYER
-    _multiply(storage, plan[last + _SLOPE], plan[last + _SLOPE], plan[_PULL], plan[last + _WIDTH] * n)
-    if plan[last + _BIASES] >= 0:
-        _add_row_sums(gradient, plan[last + _BIASES], storage, plan[last + _SLOPE], plan[last + _WIDTH], n)
-    for layer in range(last, _HEADER, -_LAYER):
-        earlier = layer - _LAYER
-        fan_in, width, delta = plan[layer + _FAN_IN], plan[layer + _WIDTH], plan[layer + _SLOPE]
+    last = HEADER + (plan[DEPTH] - 1) * LAYER
+    multiply(storage, plan[last + SLOPE], plan[last + SLOPE], plan[PULL], plan[last + WIDTH] * n)
+    if plan[last + BIASES] >= 0:
+        add_row_sums(gradient, plan[last + BIASES], storage, plan[last + SLOPE], plan[last + WIDTH], n)
+    for layer in range(last, HEADER, -LAYER):
+        earlier = layer - LAYER
+        fan_in, width, delta = plan[layer + FAN_IN], plan[layer + WIDTH], plan[layer + SLOPE]
         for row in range(0, fan_in, _BLOCK):
             rows = min(_BLOCK, fan_in - row)
-            weights, slope = plan[layer + _WEIGHTS] + row, plan[earlier + _SLOPE] + row * n
-            _add_outer(gradient, weights, fan_in, 1, storage, delta, width, plan[earlier + _VALUE] + row * n, rows, n)
-            _pull_back(phi, weights, fan_in, width, storage, delta, n, rows, slope, slope)
-            if earlier == _HEADER:
-                features = plan[_FEATURES]
-                at = plan[earlier + _WEIGHTS] + row * features
-                _add_outer(gradient, at, features, 1, storage, slope, rows, x, features, n)
-            if plan[earlier + _BIASES] >= 0:
-                _add_row_sums(gradient, plan[earlier + _BIASES] + row, storage, slope, rows, n)
-    if last == _HEADER:
-        features = plan[_FEATURES]
-        _add_outer(gradient, plan[last + _WEIGHTS], features, 1, storage, plan[last + _SLOPE], plan[_OUTPUTS], x, features, n)
+            weights, slope = plan[layer + WEIGHTS] + row, plan[earlier + SLOPE] + row * n
+            add_outer(gradient, weights, fan_in, 1, storage, delta, width, plan[earlier + VALUE] + row * n, rows, n)
+            pull_back(phi, weights, fan_in, width, storage, delta, n, rows, slope, slope)
+            if earlier == HEADER:
+                features = plan[FEATURES]
+                at = plan[earlier + WEIGHTS] + row * features
+                add_outer(gradient, at, features, 1, storage, slope, rows, x, features, n)
+            if plan[earlier + BIASES] >= 0:
+                add_row_sums(gradient, plan[earlier + BIASES] + row, storage, slope, rows, n)
+    if last == HEADER:
+        features = plan[FEATURES]
+        add_outer(gradient, plan[last + WEIGHTS], features, 1, storage, plan[last + SLOPE], plan[OUTPUTS], x, features, n)
 
 
 @compiled
@@ -704,15 +708,29 @@ def _gradient_kernel(phi: Numbers, gradient: Numbers, plan: Integers, storage: N
     if not add:
         gradient[:] = 0.0
     loss = 0.0
-    rows = plan[_FEATURES] + plan[_TARGET_ROWS] + 1
-    output = plan[_HEADER + (plan[_DEPTH] - 1) * _LAYER + _VALUE]
-    for first in range(0, plan[_COUNT], plan[_CHUNK]):
-        n = min(plan[_CHUNK], plan[_COUNT] - first)
-        x = plan[_SAMPLES] + first * rows
-        _forward(phi, plan, storage, x, n, False)
-        loss += _loss(plan, storage, output, x + plan[_FEATURES] * n, n)
+    rows = plan[FEATURES] + plan[TARGET_ROWS] + 1
+    output = plan[HEADER + (plan[DEPTH] - 1) * LAYER + VALUE]
+    for first in range(0, plan[COUNT], plan[CHUNK]):
+        n = min(plan[CHUNK], plan[COUNT] - first)
+        x = plan[SAMPLES] + first * rows
+        forward_pass(phi, plan, storage, x, n, False)
+        loss += loss_of_chunk(plan, storage, output, x + plan[FEATURES] * n, n)
         _backward(phi, plan, storage, x, n, gradient)
     return loss
+
+
+@compiled
+def _gradient_at(
+    phi: int, gradient: int, loss: int, order: int, plan: int, plan_size: int, storage: int, storage_size: int
+) -> None:
+    """The same of a shard with all samples, by addresses, with P = order; the loss is written, too."""
+    numbers_at(loss, 1)[0] = _gradient_kernel(
+        numbers_at(phi, order),
+        numbers_at(gradient, order),
+        integers_at(plan, plan_size),
+        numbers_at(storage, storage_size),
+        False,
+    )
 
 
 # --- Hessian–vector products --------------------------------------------------------------------------------
@@ -724,34 +742,54 @@ def _gradient_kernel(phi: Numbers, gradient: Numbers, plan: Integers, storage: N
 # needed for this, thus one forward and one backward pass serve all vectors.
 
 
+@inlined
+def _store_bent(storage: Numbers, sum_: Lanes, place: int, slope: int, bend: int, delta: int) -> None:
+    """From part of Wᵀ δ that of g′ (Wᵀ δ), and of g″ (Wᵀ δ) in place of g″."""
+    store(storage, delta + place, sum_ * load(storage, slope + place))
+    store(storage, bend + place, sum_ * load(storage, bend + place))
+
+
 @part
-def _bend_back(phi: Numbers, plan: Integers, storage: Numbers, n: int) -> None:
+def _bend_back_through(phi: Numbers, plan: Integers, storage: Numbers, layer: int, n: int) -> None:
+    """δ and g″ (Wᵀ δ) of a layer from δ of the next one, whose weights are W."""
+    later = layer + LAYER
+    weights, width, later_width = plan[later + WEIGHTS], plan[layer + WIDTH], plan[later + WIDTH]
+    slope, bend, delta, later_delta = plan[layer + SLOPE], plan[layer + BEND], plan[layer + DELTA], plan[later + DELTA]
+    zero = broadcast(0.0)
+    row = 0
+    while row + 4 <= width:
+        for i in range(0, n, LANES):
+            sums = _add_weighted_rows(
+                (zero, zero, zero, zero), phi, weights + row, 1, width, storage, later_delta + i, n, later_width
+            )
+            for r in range(4):
+                _store_bent(storage, sums[r], (row + r) * n + i, slope, bend, delta)
+        row += 4
+    for last in range(row, width):
+        for i in range(0, n, LANES):
+            sum_ = _add_weighted_row(zero, phi, weights + last, width, storage, later_delta + i, n, later_width)
+            _store_bent(storage, sum_, last * n + i, slope, bend, delta)
+
+
+@part
+def bend_back(phi: Numbers, plan: Integers, storage: Numbers, n: int) -> None:
     """δ of every layer, and g″ (Wᵀ δ) in place of g″."""
-    last = _HEADER + (plan[_DEPTH] - 1) * _LAYER
-    size = plan[last + _WIDTH] * n
-    _multiply(storage, plan[last + _BEND], plan[last + _BEND], plan[_PULL], size)
-    _multiply(storage, plan[last + _DELTA], plan[last + _SLOPE], plan[_PULL], size)
-    for layer in range(last, _HEADER, -_LAYER):
-        earlier = layer - _LAYER
-        weights, fan_in, width, delta = (
-            plan[layer + _WEIGHTS],
-            plan[layer + _FAN_IN],
-            plan[layer + _WIDTH],
-            plan[layer + _DELTA],
-        )
-        bend = plan[earlier + _BEND]
-        _pull_back(phi, weights, fan_in, width, storage, delta, n, fan_in, bend, bend)
-        _pull_back(phi, weights, fan_in, width, storage, delta, n, fan_in, plan[earlier + _SLOPE], plan[earlier + _DELTA])
+    last = HEADER + (plan[DEPTH] - 1) * LAYER
+    size = plan[last + WIDTH] * n
+    multiply(storage, plan[last + BEND], plan[last + BEND], plan[PULL], size)
+    multiply(storage, plan[last + DELTA], plan[last + SLOPE], plan[PULL], size)
+    for layer in range(last - LAYER, HEADER - 1, -LAYER):
+        _bend_back_through(phi, plan, storage, layer, n)
 
 
 @part
 def _tangents(phi: Numbers, vectors: Numbers, at: int, plan: Integers, storage: Numbers, layer: int, x: int, n: int) -> None:
     """Rz and Ra of a layer, for the vector that stands in `vectors` from `at` on."""
-    weights, biases, fan_in, width = plan[layer + _WEIGHTS], plan[layer + _BIASES], plan[layer + _FAN_IN], plan[layer + _WIDTH]
-    slope, rate, tangent = plan[layer + _SLOPE], plan[layer + _RATE], plan[layer + _TANGENT]
-    is_first = layer == _HEADER
-    source = x if is_first else plan[layer - _LAYER + _VALUE]
-    moved = 0 if is_first else plan[layer - _LAYER + _TANGENT]
+    weights, biases, fan_in, width = plan[layer + WEIGHTS], plan[layer + BIASES], plan[layer + FAN_IN], plan[layer + WIDTH]
+    slope, rate, tangent = plan[layer + SLOPE], plan[layer + RATE], plan[layer + TANGENT]
+    is_first = layer == HEADER
+    source = x if is_first else plan[layer - LAYER + VALUE]
+    moved = 0 if is_first else plan[layer - LAYER + TANGENT]
     moving = 0 if is_first else fan_in  # inputs that change themselves
     directions, shifts = at + weights, at + biases if biases >= 0 else -1
     row = 0
@@ -785,12 +823,12 @@ def _tangents(phi: Numbers, vectors: Numbers, at: int, plan: Integers, storage: 
 @part
 def _rates_of_output(plan: Integers, storage: Numbers, n: int) -> None:
     """Rδ of the last layer, in place of Rz; the loss' second derivative times Ra on the way."""
-    layer = _HEADER + (plan[_DEPTH] - 1) * _LAYER
-    tangent, rate, slope, bend = plan[layer + _TANGENT], plan[layer + _RATE], plan[layer + _SLOPE], plan[layer + _BEND]
-    outputs, curvature = plan[_OUTPUTS], plan[_CURVATURE]
+    layer = HEADER + (plan[DEPTH] - 1) * LAYER
+    tangent, rate, slope, bend = plan[layer + TANGENT], plan[layer + RATE], plan[layer + SLOPE], plan[layer + BEND]
+    outputs, curvature = plan[OUTPUTS], plan[CURVATURE]
     for i in range(0, n, LANES):
         mean, mass = broadcast(0.0), broadcast(1.0)
-        if plan[_LOSS] == 1:  # w T (diag(p) − p pᵀ), else diagonal
+        if plan[LOSS] == 1:  # w T (diag(p) − p pᵀ), else diagonal
             mass = load(storage, curvature + outputs * n + i)
             for row in range(outputs):
                 place = row * n + i
@@ -805,10 +843,10 @@ def _rates_of_output(plan: Integers, storage: Numbers, n: int) -> None:
 @part
 def _rates(phi: Numbers, vectors: Numbers, at: int, plan: Integers, storage: Numbers, layer: int, n: int) -> None:
     """Rδ of a layer before the last, in place of Rz."""
-    later = layer + _LAYER
-    weights, width, later_width = plan[later + _WEIGHTS], plan[layer + _WIDTH], plan[later + _WIDTH]
-    rate, slope, bend = plan[layer + _RATE], plan[layer + _SLOPE], plan[layer + _BEND]
-    later_rate, later_delta = plan[later + _RATE], plan[later + _DELTA]
+    later = layer + LAYER
+    weights, width, later_width = plan[later + WEIGHTS], plan[layer + WIDTH], plan[later + WIDTH]
+    rate, slope, bend = plan[layer + RATE], plan[layer + SLOPE], plan[layer + BEND]
+    later_rate, later_delta = plan[later + RATE], plan[later + DELTA]
     zero = broadcast(0.0)
     row = 0
     while row + 4 <= width:
@@ -836,24 +874,24 @@ def _add_product(
     phi: Numbers, vectors: Numbers, at: int, plan: Integers, storage: Numbers, x: int, n: int, products: Numbers
 ) -> None:
     """Add the chunk's part of the Hessian times the vector from `at` on."""
-    last = _HEADER + (plan[_DEPTH] - 1) * _LAYER
-    for layer in range(_HEADER, last + 1, _LAYER):
+    last = HEADER + (plan[DEPTH] - 1) * LAYER
+    for layer in range(HEADER, last + 1, LAYER):
         _tangents(phi, vectors, at, plan, storage, layer, x, n)
-    for layer in range(last, _HEADER - 1, -_LAYER):
+    for layer in range(last, HEADER - 1, -LAYER):
         if layer == last:
             _rates_of_output(plan, storage, n)
         else:
             _rates(phi, vectors, at, plan, storage, layer, n)
-        fan_in, width = plan[layer + _FAN_IN], plan[layer + _WIDTH]
-        rate, weights = plan[layer + _RATE], at + plan[layer + _WEIGHTS]
-        if layer == _HEADER:
-            _add_outer(products, weights, fan_in, 1, storage, rate, width, x, fan_in, n)
+        fan_in, width = plan[layer + FAN_IN], plan[layer + WIDTH]
+        rate, weights = plan[layer + RATE], at + plan[layer + WEIGHTS]
+        if layer == HEADER:
+            add_outer(products, weights, fan_in, 1, storage, rate, width, x, fan_in, n)
         else:
-            value, tangent = plan[layer - _LAYER + _VALUE], plan[layer - _LAYER + _TANGENT]
-            _add_outer(products, weights, fan_in, 1, storage, rate, width, value, fan_in, n)
-            _add_outer(products, weights, fan_in, 1, storage, plan[layer + _DELTA], width, tangent, fan_in, n)
-        if plan[layer + _BIASES] >= 0:
-            _add_row_sums(products, at + plan[layer + _BIASES], storage, rate, width, n)
+            value, tangent = plan[layer - LAYER + VALUE], plan[layer - LAYER + TANGENT]
+            add_outer(products, weights, fan_in, 1, storage, rate, width, value, fan_in, n)
+            add_outer(products, weights, fan_in, 1, storage, plan[layer + DELTA], width, tangent, fan_in, n)
+        if plan[layer + BIASES] >= 0:
+            add_row_sums(products, at + plan[layer + BIASES], storage, rate, width, n)
 
 
 @compiled
@@ -862,17 +900,40 @@ def _product_kernel(phi: Numbers, vectors: Numbers, products: Numbers, plan: Int
     if not add:
         products[:] = 0.0
     loss = 0.0
-    rows = plan[_FEATURES] + plan[_TARGET_ROWS] + 1
-    output = plan[_HEADER + (plan[_DEPTH] - 1) * _LAYER + _VALUE]
-    for first in range(0, plan[_COUNT], plan[_CHUNK]):
-        n = min(plan[_CHUNK], plan[_COUNT] - first)
-        x = plan[_SAMPLES] + first * rows
-        _forward(phi, plan, storage, x, n, True)
-        loss += _loss(plan, storage, output, x + plan[_FEATURES] * n, n)
-        _bend_back(phi, plan, storage, n)
+    rows = plan[FEATURES] + plan[TARGET_ROWS] + 1
+    output = plan[HEADER + (plan[DEPTH] - 1) * LAYER + VALUE]
+    for first in range(0, plan[COUNT], plan[CHUNK]):
+        n = min(plan[CHUNK], plan[COUNT] - first)
+        x = plan[SAMPLES] + first * rows
+        forward_pass(phi, plan, storage, x, n, True)
+        loss += loss_of_chunk(plan, storage, output, x + plan[FEATURES] * n, n)
+        bend_back(phi, plan, storage, n)
         for at in range(0, vectors.size, phi.size):
             _add_product(phi, vectors, at, plan, storage, x, n, products)
     return loss
+
+
+@compiled
+def _products_at(
+    phi: int,
+    vectors: int,
+    products: int,
+    count: int,
+    order: int,
+    plan: int,
+    plan_size: int,
+    storage: int,
+    storage_size: int,
+) -> None:
+    """The same of a shard with all samples, by addresses, with P = order."""
+    _product_kernel(
+        numbers_at(phi, order),
+        numbers_at(vectors, count * order),
+        numbers_at(products, count * order),
+        integers_at(plan, plan_size),
+        numbers_at(storage, storage_size),
+        False,
+    )
 
 
 # --- Hessians of networks with one hidden layer and one output ----------------------------------------------
@@ -888,13 +949,13 @@ def _product_kernel(phi: Numbers, vectors: Numbers, products: Numbers, plan: Int
 
 @part
 def _curvature_of_output(plan: Integers, storage: Numbers, n: int) -> bool:
-    """The rows ψ′, √|ψ″|, and √|ψ″| with the sign of ψ″, to _ROWS; returns whether a sign is negative."""
-    layer, rows = _HEADER + _LAYER, plan[_ROWS]
+    """The rows ψ′, √|ψ″|, and √|ψ″| with the sign of ψ″, to ROWS; returns whether a sign is negative."""
+    layer, rows = HEADER + LAYER, plan[ROWS]
     negative = broadcast(0.0)
     for i in range(0, n, LANES):
-        pull, slope = load(storage, plan[_PULL] + i), load(storage, plan[layer + _SLOPE] + i)
-        bend, curvature = load(storage, plan[layer + _BEND] + i), load(storage, plan[_CURVATURE] + i)
-        if plan[_LOSS] == 1:  # of one class: constant
+        pull, slope = load(storage, plan[PULL] + i), load(storage, plan[layer + SLOPE] + i)
+        bend, curvature = load(storage, plan[layer + BEND] + i), load(storage, plan[CURVATURE] + i)
+        if plan[LOSS] == 1:  # of one class: constant
             curvature = broadcast(0.0)
         second = curvature * slope * slope + pull * bend
         root = square_root(absolute(second))
@@ -908,12 +969,12 @@ def _curvature_of_output(plan: Integers, storage: Numbers, n: int) -> bool:
 @part
 def _fill_jacobian(phi: Numbers, plan: Integers, storage: Numbers, x: int, n: int, factor: int, out: int) -> None:
     """The matrices B_m, then A, with the row `factor` for √|ψ″|."""
-    hidden = _HEADER
-    features, width, has_biases = plan[_FEATURES], plan[hidden + _WIDTH], plan[hidden + _BIASES] >= 0
-    weights = plan[hidden + _LAYER + _WEIGHTS]
+    hidden = HEADER
+    features, width, has_biases = plan[FEATURES], plan[hidden + WIDTH], plan[hidden + BIASES] >= 0
+    weights = plan[hidden + LAYER + WEIGHTS]
     for j in range(width):
         v = phi[weights + j]
-        value, slope = plan[hidden + _VALUE] + j * n, plan[hidden + _SLOPE] + j * n
+        value, slope = plan[hidden + VALUE] + j * n, plan[hidden + SLOPE] + j * n
         for i in range(0, n, LANES):
             scale = load(storage, factor + i)
             base = load(storage, slope + i) * (scale * v)
@@ -929,37 +990,37 @@ def _fill_jacobian(phi: Numbers, plan: Integers, storage: Numbers, x: int, n: in
 
 @part
 def _add_panels(out: Numbers, at: int, stride: int, step: int, storage: Numbers, x: int, y: int, width: int, n: int) -> None:
-    """As `_add_outer` for a square matrix, by few columns at a time, which stay in the cache."""
+    """As `add_outer` for a square matrix, by few columns at a time, which stay in the cache."""
     for column in range(0, width, _PANEL):
         columns = min(_PANEL, width - column)
-        _add_outer(out, at + column * step, stride, step, storage, x, width, y + column * n, columns, n)
+        add_outer(out, at + column * step, stride, step, storage, x, width, y + column * n, columns, n)
 
 
 @part
 def _add_half(out: Numbers, at: int, stride: int, step: int, storage: Numbers, x: int, y: int, width: int, n: int) -> None:
-    """As `_add_outer` for a square matrix, but only for its lower triangle; some elements above it are changed, too."""
+    """As `add_outer` for a square matrix, but only for its lower triangle; some elements above it are changed, too."""
     for column in range(0, width, _PANEL):
         columns = min(_PANEL, width - column)
         for row in range(column, width, 3):
             rows = min(3, width - row)
             place = at + row * stride + column * step
-            _add_outer(out, place, stride, step, storage, x + row * n, rows, y + column * n, columns, n)
+            add_outer(out, place, stride, step, storage, x + row * n, rows, y + column * n, columns, n)
 
 
 @inlined
 def _first_and_step(plan: Integers, m: int) -> tuple[int, int]:
     """Where ∂/∂W_0m stands in φ, and how far apart ∂/∂W_jm are; the biases are the column m = D."""
-    if m == plan[_FEATURES]:
-        return plan[_HEADER + _BIASES], 1
-    return m, plan[_FEATURES]
+    if m == plan[FEATURES]:
+        return plan[HEADER + BIASES], 1
+    return m, plan[FEATURES]
 
 
 @part
 def _add_square(plan: Integers, storage: Numbers, x: int, y: int, n: int, root: int, signed: int, hessian: Numbers) -> None:
     """Add ψ″ ∇y ∇yᵀ, from the matrices at x and (with signs) at y: the lower triangle, as far as `_complete` needs it."""
-    output, order = _HEADER + _LAYER, plan[_PARAMETER_COUNT]
-    width, v, c = plan[_HEADER + _WIDTH], plan[output + _WEIGHTS], plan[output + _BIASES]
-    inputs = plan[_FEATURES] + (plan[_HEADER + _BIASES] >= 0)
+    output, order = HEADER + LAYER, plan[PARAMETER_COUNT]
+    width, v, c = plan[HEADER + WIDTH], plan[output + WEIGHTS], plan[output + BIASES]
+    inputs = plan[FEATURES] + (plan[HEADER + BIASES] >= 0)
     size = width * n
     values = inputs * size
     for m in range(inputs):
@@ -969,20 +1030,20 @@ def _add_square(plan: Integers, storage: Numbers, x: int, y: int, n: int, root: 
             _add_half(hessian, row * order + column, stride * order, step, storage, x + m * size, y + k * size, width, n)
         _add_panels(hessian, v * order + row, order, stride, storage, x + values, y + m * size, width, n)
         if c >= 0:
-            _add_outer(hessian, c * order + row, order, stride, storage, root, 1, y + m * size, width, n)
+            add_outer(hessian, c * order + row, order, stride, storage, root, 1, y + m * size, width, n)
     _add_half(hessian, v * order + v, order, 1, storage, x + values, y + values, width, n)
     if c >= 0:
-        _add_outer(hessian, c * order + v, order, 1, storage, root, 1, y + values, width, n)
+        add_outer(hessian, c * order + v, order, 1, storage, root, 1, y + values, width, n)
         hessian[c * order + c] += _inner(storage, root, signed, n)
 
 
 @part
 def _mirror(matrix: Numbers, order: int) -> None:
     """Copy the lower triangle of a square matrix to the upper one, in blocks that fit into the cache."""
-    for first_row in range(0, order, _TILE):
-        end_row = min(first_row + _TILE, order)
-        for first_column in range(0, end_row, _TILE):
-            for column in range(first_column, min(first_column + _TILE, end_row)):
+    for first_row in range(0, order, TILE):
+        end_row = min(first_row + TILE, order)
+        for first_column in range(0, end_row, TILE):
+            for column in range(first_column, min(first_column + TILE, end_row)):
                 for row in range(max(first_row, column + 1), end_row):
                     matrix[column * order + row] = matrix[row * order + column]
 
@@ -990,8 +1051,8 @@ def _mirror(matrix: Numbers, order: int) -> None:
 @compiled
 def _complete(plan: Integers, hessian: Numbers) -> None:
     """What `_add_square` left out: the other halves of the blocks that are symmetric, then the upper triangle."""
-    order, width, features = plan[_PARAMETER_COUNT], plan[_HEADER + _WIDTH], plan[_FEATURES]
-    for m in range(1, features + (plan[_HEADER + _BIASES] >= 0)):
+    order, width, features = plan[PARAMETER_COUNT], plan[HEADER + WIDTH], plan[FEATURES]
+    for m in range(1, features + (plan[HEADER + BIASES] >= 0)):
         row, stride = _first_and_step(plan, m)
         for k in range(m):
             column, step = _first_and_step(plan, k)
@@ -1010,20 +1071,20 @@ def _add_neuron(
     phi: Numbers, plan: Integers, storage: Numbers, x: int, n: int, j: int, gradient: Numbers, hessian: Numbers
 ) -> None:
     """Add what ψ′ ∇²y has for the hidden neuron j, and the elements of the gradient for its weights."""
-    hidden, output, order = _HEADER, _HEADER + _LAYER, plan[_PARAMETER_COUNT]
-    features, biases = plan[_FEATURES], plan[hidden + _BIASES]
-    v_index = plan[output + _WEIGHTS] + j
+    hidden, output, order = HEADER, HEADER + LAYER, plan[PARAMETER_COUNT]
+    features, biases = plan[FEATURES], plan[hidden + BIASES]
+    v_index = plan[output + WEIGHTS] + j
     v = phi[v_index]
-    pull, first, second, product = plan[_ROWS], plan[_ROWS] + 3 * n, plan[_ROWS] + 4 * n, plan[_ROWS] + 5 * n
-    _multiply(storage, first, plan[hidden + _SLOPE] + j * n, pull, n)
-    _multiply(storage, second, plan[hidden + _BEND] + j * n, pull, n)
-    gradient[v_index] += _inner(storage, plan[hidden + _VALUE] + j * n, pull, n)
+    pull, first, second, product = plan[ROWS], plan[ROWS] + 3 * n, plan[ROWS] + 4 * n, plan[ROWS] + 5 * n
+    multiply(storage, first, plan[hidden + SLOPE] + j * n, pull, n)
+    multiply(storage, second, plan[hidden + BEND] + j * n, pull, n)
+    gradient[v_index] += _inner(storage, plan[hidden + VALUE] + j * n, pull, n)
     for m in range(features):
         row = j * features + m
         both = _inner(storage, first, x + m * n, n)
         gradient[row] += v * both
         hessian[v_index * order + row] += both
-        _multiply(storage, product, second, x + m * n, n)
+        multiply(storage, product, second, x + m * n, n)
         for k in range(m + 1):
             hessian[row * order + j * features + k] += v * _inner(storage, product, x + k * n, n)
         if biases >= 0:
@@ -1044,26 +1105,38 @@ def _hessian_kernel(phi: Numbers, gradient: Numbers, hessian: Numbers, plan: Int
         hessian[:] = 0.0
     loss = 0.0
     order = phi.size
-    output = _HEADER + _LAYER
-    rows = plan[_FEATURES] + plan[_TARGET_ROWS] + 1
-    for first in range(0, plan[_COUNT], plan[_CHUNK]):
-        n = min(plan[_CHUNK], plan[_COUNT] - first)
-        x = plan[_SAMPLES] + first * rows
-        _forward(phi, plan, storage, x, n, True)
-        loss += _loss(plan, storage, plan[output + _VALUE], x + plan[_FEATURES] * n, n)
+    output = HEADER + LAYER
+    rows = plan[FEATURES] + plan[TARGET_ROWS] + 1
+    for first in range(0, plan[COUNT], plan[CHUNK]):
+        n = min(plan[CHUNK], plan[COUNT] - first)
+        x = plan[SAMPLES] + first * rows
+        forward_pass(phi, plan, storage, x, n, True)
+        loss += loss_of_chunk(plan, storage, plan[output + VALUE], x + plan[FEATURES] * n, n)
         has_negative = _curvature_of_output(plan, storage, n)
-        jacobian = signed = plan[_JACOBIAN]
-        _fill_jacobian(phi, plan, storage, x, n, plan[_ROWS] + n, jacobian)
+        jacobian = signed = plan[WORKSPACE]
+        _fill_jacobian(phi, plan, storage, x, n, plan[ROWS] + n, jacobian)
         if has_negative:
             signed = jacobian + order * n
-            _fill_jacobian(phi, plan, storage, x, n, plan[_ROWS] + 2 * n, signed)
-        root, root_signed = plan[_ROWS] + n, plan[_ROWS] + 2 * n
+            _fill_jacobian(phi, plan, storage, x, n, plan[ROWS] + 2 * n, signed)
+        root, root_signed = plan[ROWS] + n, plan[ROWS] + 2 * n
         _add_square(plan, storage, jacobian, signed, n, root, root_signed, hessian)
-        for j in range(plan[_HEADER + _WIDTH]):
+        for j in range(plan[HEADER + WIDTH]):
             _add_neuron(phi, plan, storage, x, n, j, gradient, hessian)
-        if plan[output + _BIASES] >= 0:
-            gradient[plan[output + _BIASES]] += _row_sum(storage, plan[_ROWS], n)
+        if plan[output + BIASES] >= 0:
+            gradient[plan[output + BIASES]] += _row_sum(storage, plan[ROWS], n)
     return loss
+
+
+@compiled
+def _hessian_at(
+    phi: int, gradient: int, hessian: int, loss: int, order: int, plan: int, plan_size: int, storage: int, storage_size: int
+) -> None:
+    """Loss, gradient and the whole Hessian of a shard with all samples, by addresses, with P = order."""
+    plan_, hessian_ = integers_at(plan, plan_size), numbers_at(hessian, order * order)
+    numbers_at(loss, 1)[0] = _hessian_kernel(
+        numbers_at(phi, order), numbers_at(gradient, order), hessian_, plan_, numbers_at(storage, storage_size), False
+    )
+    _complete(plan_, hessian_)
 
 
 # --- The class ----------------------------------------------------------------------------------------------
@@ -1077,30 +1150,36 @@ _SHARD_TIME = 300_000.0  # worth the tens of µs that it takes to give a thread 
 _Kernel: TypeAlias = Callable[..., float]
 
 
-class _Shard:
-    """Some of the samples, with the workspace to compute with them: the plan and the storage that kernels take."""
+class Shard:
+    """Some of the samples, with the workspace to compute with them: the plan and the storage that kernels take.
 
-    def __init__(self, network: "CompiledPerceptron", samples: Numbers) -> None:
+    Args:
+        network: The perceptron.
+        samples: Rows of x, of the targets, and of the weights.
+        n: Columns of a chunk.
+        workspace: Rows of n numbers, at the place WORKSPACE, for what a kernel may want.
+    """
+
+    def __init__(self, network: "CompiledPerceptron", samples: Numbers, n: int, workspace: int) -> None:
         self._size = 0
-        count = _padded(samples.shape[1])
-        n = network.chunk
-        layers, runs = self._layers(network)
-        header = np.zeros(_HEADER, dtype=np.int64)
-        header[_DEPTH], header[_LOSS] = len(network.biases), network.loss
-        header[_FEATURES], header[_OUTPUTS], header[_TARGET_ROWS] = network.sizes[0], network.sizes[-1], network.target_rows
-        header[_COUNT], header[_CHUNK] = count, n
-        header[_LOSS_PARAMETER] = self._reserve(LANES)
-        header[_COEFFICIENTS] = network.parameters.shape[1]
-        header[_SCRATCH] = self._reserve(max(_SCRATCH_SIZE, n))
-        header[_PULL] = self._reserve(network.sizes[-1] * n)
-        header[_CURVATURE] = self._reserve((network.sizes[-1] + 1) * n)
-        header[_ROWS] = self._reserve(_ROWS_COUNT * n)
-        header[_PARAMETER_COUNT] = network.n_parameters
-        header[_JACOBIAN] = self._reserve(2 * network.n_parameters * n if network.has_hessian else 0)
-        header[_SAMPLES] = self._reserve(len(samples) * count)
+        count = padded(samples.shape[1])
+        layers, runs = self._layers(network, n)
+        header = np.zeros(HEADER, dtype=np.int64)
+        header[DEPTH], header[LOSS] = len(network.biases), network.loss
+        header[FEATURES], header[OUTPUTS], header[TARGET_ROWS] = network.sizes[0], network.sizes[-1], network.target_rows
+        header[COUNT], header[CHUNK] = count, n
+        header[LOSS_PARAMETER] = self._reserve(LANES)
+        header[COEFFICIENTS] = network.parameters.shape[1]
+        header[SCRATCH] = self._reserve(max(_SCRATCH_SIZE, n))
+        header[PULL] = self._reserve(network.sizes[-1] * n)
+        header[CURVATURE] = self._reserve((network.sizes[-1] + 1) * n)
+        header[ROWS] = self._reserve(_ROWS_COUNT * n)
+        header[PARAMETER_COUNT] = network.n_parameters
+        header[WORKSPACE] = self._reserve(workspace * n)
+        header[SAMPLES] = self._reserve(len(samples) * count)
         self.plan = np.concatenate([header, layers.ravel(), runs.ravel()])
-        self.storage = _aligned(self._size)
-        self.storage[header[_LOSS_PARAMETER]] = network.loss_parameter
+        self.storage = aligned(self._size)
+        self.storage[header[LOSS_PARAMETER]] = network.loss_parameter
         for place, parameters in self._parameters:
             self.storage[place : place + len(parameters)] = parameters
         self._fill(samples)
@@ -1108,54 +1187,53 @@ class _Shard:
     def _reserve(self, count: int) -> int:
         """The place of the next `count` numbers, where a cache line begins."""
         place = self._size
-        self._size += _padded(count)
+        self._size += padded(count)
         return place
 
-    def _layers(self, network: "CompiledPerceptron") -> tuple[Integers, Integers]:
-        """The plan's records of layers and runs."""
-        n = network.chunk
-        layers = np.zeros((len(network.biases), _LAYER), dtype=np.int64)
+    def _layers(self, network: "CompiledPerceptron", n: int) -> tuple[Integers, Integers]:
+        """The plan's records of layers and runs, for chunks of n samples."""
+        layers = np.zeros((len(network.biases), LAYER), dtype=np.int64)
         runs: list[tuple[int, int, int, int]] = []
         self._parameters: list[tuple[int, Numbers]] = []
-        first_run = _HEADER + layers.size
+        first_run = HEADER + layers.size
         phi = neuron = 0
         for layer, fan_in, width, has_biases in zip(layers, network.sizes, network.sizes[1:], network.biases, strict=False):
-            layer[_FAN_IN], layer[_WIDTH] = fan_in, width
-            layer[_WEIGHTS] = phi
+            layer[FAN_IN], layer[WIDTH] = fan_in, width
+            layer[WEIGHTS] = phi
             phi += fan_in * width
-            layer[_BIASES] = phi if has_biases else -1
+            layer[BIASES] = phi if has_biases else -1
             phi += width * has_biases
-            for buffer in (_VALUE, _SLOPE, _BEND, _DELTA, _RATE, _TANGENT):
+            for buffer in (VALUE, SLOPE, BEND, DELTA, RATE, TANGENT):
                 layer[buffer] = self._reserve(width * n)
-            layer[_FIRST_RUN] = first_run + len(runs) * _RUN
+            layer[FIRST_RUN] = first_run + len(runs) * RUN
             codes, parameters = network.codes[neuron : neuron + width], network.parameters[neuron : neuron + width]
             for start, stop in _equal_runs(codes, parameters):
                 place = self._reserve(parameters.shape[1])
                 self._parameters.append((place, parameters[start]))
                 runs.append((start, stop, int(codes[start]), place))
-            layer[_LAST_RUN] = first_run + len(runs) * _RUN
+            layer[LAST_RUN] = first_run + len(runs) * RUN
             neuron += width
         return layers, np.array(runs, dtype=np.int64)
 
     def _fill(self, rows: Numbers) -> None:
         """Lay the samples out in chunks, with copies of the last one, of weight 0, as padding."""
-        count, n = self.plan[_COUNT], self.plan[_CHUNK]
+        count, n = self.plan[COUNT], self.plan[CHUNK]
         padding = np.repeat(rows[:, -1:], count - rows.shape[1], axis=1)
         padding[-1] = 0.0
         rows = np.concatenate([rows, padding], axis=1)
-        place = self.plan[_SAMPLES]
+        place = self.plan[SAMPLES]
         for first in range(0, count, n):
             chunk = rows[:, first : first + n]
             self.storage[place : place + chunk.size] = chunk.ravel()
             place += chunk.size
 
 
-def _padded(count: int) -> int:
+def padded(count: int) -> int:
     """The next multiple of the lanes."""
     return -(-count // LANES) * LANES
 
 
-def _aligned(size: int) -> Numbers:
+def aligned(size: int) -> Numbers:
     """So many numbers, beginning with a cache line: a load that crosses two lines takes twice as long."""
     line = 8 * LANES
     numbers = np.empty(size + LANES)
@@ -1181,7 +1259,7 @@ def _chunk(sizes: Sequence[int], count: int) -> int:
     """Columns of a chunk: as many as the cache allows, and about the same in each chunk."""
     allowed = _CACHED_NUMBERS // (2 * sum(sizes[1:]) + sizes[0])
     allowed = min(max(allowed, _SMALLEST_CHUNK), _LARGEST_CHUNK)
-    return _padded(-(-count // -(-count // allowed)))
+    return padded(-(-count // -(-count // allowed)))
 
 
 class CompiledPerceptron:
@@ -1198,6 +1276,8 @@ class CompiledPerceptron:
     Activations by code: 0 identity, 1 ReLU, 2 LeakyReLU (slope), 3 ELU (alpha), 4 SELU, 5 CELU (alpha), 6 GELU, 7 its
     approximation by tanh, 8 SiLU, 9 Mish, 10 Sigmoid, 11 LogSigmoid, 12 Tanh, 13 Softplus (beta, threshold), 14 Softsign,
     15 erf, 16 normal cdf, 17 σ(4z) + softplus(z), 18 square, 19 cube, 20 polynomial (coefficients, ascending).
+
+    The methods take contiguous tensors of float64 numbers on the CPU, and of the right shapes: that is not checked.
 
     An object has one workspace: only one of its methods may run at a time. Where there is work enough, they use as many
     threads as torch does (`torch.get_num_threads()`).
@@ -1239,42 +1319,52 @@ class CompiledPerceptron:
         self._gradient_time = count * (sum(self.sizes[1:]) * _ACTIVATION_TIME + 3 * self.n_parameters * _PRODUCT_TIME)
         self._hessian_time = count * products * _PRODUCT_TIME + self._gradient_time
         self.target_rows = len(targets)
-        self._samples = np.concatenate([x, targets, weights[np.newaxis]])
+        self.samples = np.concatenate([x, targets, weights[np.newaxis]])
         # How many threads there is work for; for one alone, the number of torch's threads need not be asked.
         self._most_shards = min(int(max(self._gradient_time, self._hessian_time) / _SHARD_TIME), -(-count // self.chunk))
         self._pool: ThreadPoolExecutor | None = None
         self._divide(1)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies are made anew: they must not compute in this one's workspace."""
+        x, targets, weights = np.split(self.samples, [self.sizes[0], self.sizes[0] + self.target_rows])
+        given = self.sizes, self.biases, self.codes, self.parameters, self.loss, self.loss_parameter, x, targets, weights[0]
+        return CompiledPerceptron, given
+
     def _divide(self, parts: int) -> None:
         """Share the samples out among so many threads."""
-        slices = _slices(self._samples.shape[1], self.chunk, parts)
-        self._shards = [_Shard(self, self._samples[:, part]) for part in slices]
-        self._plan, self._storage = self._shards[0].plan, self._shards[0].storage
+        slices = _slices(self.samples.shape[1], self.chunk, parts)
+        workspace = 2 * self.n_parameters if self.has_hessian else 0
+        self._shards = [Shard(self, self.samples[:, part], self.chunk, workspace) for part in slices]
+        plan, storage = self._shards[0].plan, self._shards[0].storage
+        self._plan, self._storage = plan, storage
+        self._place = (self.n_parameters, plan.ctypes.data, plan.size, storage.ctypes.data, storage.size)
         self._pool = ThreadPoolExecutor(len(slices) - 1) if len(slices) > 1 else None
 
-    def loss_and_gradient(self, phi: Numbers, gradient: Numbers) -> float:
-        """L(φ); writes ∇L(φ)."""
+    def loss_and_gradient(self, phi: Tensor, gradient: Tensor, loss: Tensor) -> None:
+        """Write L(φ) and ∇L(φ)."""
         if self._most_shards <= 1:
-            return _gradient_kernel(phi, gradient, self._plan, self._storage, False)
-        return self._sum(_gradient_kernel, (phi,), (gradient,), self._gradient_time)
-
-    def hvp(self, phi: Numbers, vectors: Numbers, products: Numbers) -> None:
-        """Write the products of ∇²L(φ) with the rows of `vectors` to the rows of `products`; both are contiguous."""
-        directions, results = vectors.reshape(-1), products.reshape(-1)
-        if self._most_shards <= 1:
-            _product_kernel(phi, directions, results, self._plan, self._storage, False)
+            _gradient_at(phi.data_ptr(), gradient.data_ptr(), loss.data_ptr(), *self._place)
         else:
-            self._sum(_product_kernel, (phi, directions), (results,), self._gradient_time * (1 + len(vectors)))
+            loss.fill_(self._sum(_gradient_kernel, (phi.numpy(),), (gradient.numpy(),), self._gradient_time))
 
-    def loss_gradient_hessian(self, phi: Numbers, gradient: Numbers, hessian: Numbers) -> float:
-        """L(φ); writes ∇L(φ) and the contiguous matrix ∇²L(φ). For networks that have `has_hessian`."""
-        elements = hessian.reshape(-1)
+    def hvp(self, phi: Tensor, vectors: Tensor, products: Tensor) -> None:
+        """Write the products of ∇²L(φ) with the rows of `vectors` to the rows of `products`."""
+        count = vectors.numel() // self.n_parameters
         if self._most_shards <= 1:
-            loss = _hessian_kernel(phi, gradient, elements, self._plan, self._storage, False)
+            _products_at(phi.data_ptr(), vectors.data_ptr(), products.data_ptr(), count, *self._place)
         else:
-            loss = self._sum(_hessian_kernel, (phi,), (gradient, elements), self._hessian_time)
-        _complete(self._plan, elements)
-        return loss
+            inputs, outputs = (phi.numpy(), vectors.numpy().reshape(-1)), (products.numpy().reshape(-1),)
+            self._sum(_product_kernel, inputs, outputs, self._gradient_time * (1 + count))
+
+    def loss_gradient_hessian(self, phi: Tensor, gradient: Tensor, hessian: Tensor, loss: Tensor) -> None:
+        """Write L(φ), ∇L(φ) and ∇²L(φ). For networks that have `has_hessian`."""
+        if self._most_shards <= 1:
+            _hessian_at(phi.data_ptr(), gradient.data_ptr(), hessian.data_ptr(), loss.data_ptr(), *self._place)
+        else:
+            elements = hessian.numpy().reshape(-1)
+            loss.fill_(self._sum(_hessian_kernel, (phi.numpy(),), (gradient.numpy(), elements), self._hessian_time))
+            _complete(self._plan, elements)
 
     def _sum(self, kernel: _Kernel, inputs: tuple[Numbers, ...], outputs: tuple[Numbers, ...], time: float) -> float:
         """Run the kernel over all shards, one for each of torch's threads; the sum of the losses.

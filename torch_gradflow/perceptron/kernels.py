@@ -21,6 +21,7 @@ from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
 from torch_gradflow.perceptron.plain import PlainKernel
 
 if TYPE_CHECKING:
+    from torch_gradflow.perceptron.blocks import BlockHessian
     from torch_gradflow.perceptron.compiled import CompiledPerceptron
 
 # Weights in one layer from which on torch's own backward pass is faster (one thread, N = 1000): 2-200-200-1, with 40,000, took
@@ -75,32 +76,43 @@ class CompiledKernel:
             wide.targets.numpy(),
             wide.weights.numpy(),
         )
-        self._plain = None if self._kernel.has_hessian else PlainKernel(network, loss, wide)
+        self._blocks: BlockHessian | None = None
+        self._order = network.n_parameters
 
     def loss_and_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor]:
         """L and ∇L."""
-        # Small networks take less time than a few calls of torch: numpy where it is quicker.
-        gradient = np.empty(phi.shape)
-        loss = torch.from_numpy(np.array(self._kernel.loss_and_gradient(_wide(phi).numpy(), gradient)))
-        found = torch.from_numpy(gradient)
-        return (loss, found) if phi.dtype == torch.float64 else (loss.to(phi.dtype), found.to(phi.dtype))
+        point = _readable(phi)
+        loss, gradient = torch.from_numpy(np.empty(())), torch.from_numpy(np.empty(self._order))  # quicker than torch.empty
+        self._kernel.loss_and_gradient(point, gradient, loss)
+        return (loss, gradient) if phi.dtype == torch.float64 else (loss.to(phi.dtype), gradient.to(phi.dtype))
 
     def hvp(self, phi: Tensor, vectors: Tensor) -> Tensor:
         """H V."""
-        rows = _wide(vectors.T).numpy()
-        products = np.empty(rows.shape)
-        self._kernel.hvp(_wide(phi).numpy(), rows, products)
-        return torch.from_numpy(products).T.to(phi.dtype)
+        rows = _readable(vectors if vectors.shape[1] == 1 else vectors.T)
+        products = torch.empty_like(rows)
+        self._kernel.hvp(_readable(phi), rows, products)
+        columns = products if vectors.shape[1] == 1 else products.T
+        return columns if phi.dtype == torch.float64 else columns.to(phi.dtype)
 
     def loss_gradient_hessian(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """L, ∇L and H; networks other than those with one hidden layer and one output in plain torch."""
-        if self._plain is not None:
-            wide = self._plain.loss_gradient_hessian(_wide(phi))
-            return wide[0].to(phi.dtype), wide[1].to(phi.dtype), wide[2].to(phi.dtype)
-        gradient, hessian = np.empty(phi.shape), np.empty((len(phi), len(phi)))
-        loss = np.array(self._kernel.loss_gradient_hessian(_wide(phi).numpy(), gradient, hessian))
-        value, slope, matrix = (torch.from_numpy(a).to(phi.dtype) for a in (loss, gradient, hessian))
-        return value, slope, matrix
+        """L, ∇L and H."""
+        point, order = _readable(phi), self._order
+        loss, gradient = torch.from_numpy(np.empty(())), torch.from_numpy(np.empty(order))
+        hessian = torch.from_numpy(np.empty((order, order)))  # numpy asks for large pages, torch does not
+        self._with_hessian().loss_gradient_hessian(point, gradient, hessian, loss)
+        if phi.dtype == torch.float64:
+            return loss, gradient, hessian
+        return loss.to(phi.dtype), gradient.to(phi.dtype), hessian.to(phi.dtype)
+
+    def _with_hessian(self) -> CompiledPerceptron | BlockHessian:
+        """What computes Hessians: of one hidden layer and one output the kernel, else the one for blocks."""
+        if self._kernel.has_hessian:
+            return self._kernel
+        if self._blocks is None:
+            from torch_gradflow.perceptron.blocks import BlockHessian
+
+            self._blocks = BlockHessian(self._kernel)
+        return self._blocks
 
 
 def is_wide(network: Perceptron) -> bool:
@@ -163,7 +175,16 @@ def _compare(compiled: type[CompiledPerceptron]) -> None:
         raise ArithmeticError("its gradients are not those of torch")
 
 
-def _wide(tensor: Tensor) -> Tensor:
-    if tensor.dtype == torch.float64 and tensor.is_contiguous() and not tensor.requires_grad:
+def _readable(tensor: Tensor) -> Tensor:
+    """The tensor as the compiled kernel reads memory: float64, contiguous, on the CPU, of no special kind.
+
+    Raises:
+        TypeError: If it is on another device.
+    """
+    # What is read by its address must be what it seems: not a subclass, not a negation that has not taken place.
+    is_usual = type(tensor) is Tensor and tensor.dtype == torch.float64 and tensor.is_cpu and tensor.is_contiguous()
+    if is_usual and not tensor.requires_grad and not tensor.is_neg():
         return tensor
-    return tensor.detach().to(torch.float64).contiguous()
+    if not tensor.is_cpu:
+        raise TypeError(f"The compiled kernel computes on the CPU, and the parameters are on {tensor.device}.")
+    return tensor.detach().to(torch.float64).resolve_neg().contiguous()

@@ -18,7 +18,7 @@ from typing import Any, TypeAlias, TypeVar, cast
 
 from llvmlite import ir  # type: ignore[import-untyped]
 from llvmlite.binding import get_host_cpu_features  # type: ignore[import-untyped]
-from numba import njit, types
+from numba import carray, njit, types  # type: ignore[attr-defined]
 from numba.core.typing.templates import ConcreteTemplate, infer_global, signature
 from numba.extending import (
     intrinsic,
@@ -37,11 +37,13 @@ __all__ = [
     "exp_and_expm1_of_negative",
     "exp_of_negative",
     "inlined",
+    "integers_at",
     "load",
     "log_from_one",
     "lower_tail",
     "multiply_add",
     "number_at",
+    "numbers_at",
     "part",
     "select_greater",
     "square_root",
@@ -267,6 +269,33 @@ def number_at(typing_context: Any, array: Any, index: Any) -> Any:
         return builder.load(builder.gep(data, [arguments[1]]))
 
     return array.dtype(array, types.intp), generate
+
+
+def _pointer(element: Any) -> Any:
+    """A function that takes an address for a pointer to such elements."""
+
+    def typed(typing_context: Any, address: Any) -> Any:
+        def generate(context: Any, builder: Any, types_: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(types_.return_type))
+
+        return types.CPointer(element)(types.intp), generate  # type: ignore[no-untyped-call]
+
+    return _intrinsic(typed)
+
+
+_pointer_to_numbers, _pointer_to_integers = _pointer(types.float64), _pointer(types.int64)
+
+
+@inlined
+def numbers_at(address: int, count: int) -> Any:
+    """The array of so many numbers at an address: as an argument, an array costs more than the smallest gradients."""
+    return carray(_pointer_to_numbers(address), count)
+
+
+@inlined
+def integers_at(address: int, count: int) -> Any:
+    """The array of so many integers at an address."""
+    return carray(_pointer_to_integers(address), count)
 
 
 def _polynomial(*coefficients: float) -> Any:

@@ -1,0 +1,428 @@
+"""The method that chooses: by measured costs, by what each method makes of this flow, and again while the flow changes.
+
+Which method is the cheapest depends on the problem (sizes, what a Hessian costs), on the machine, and on where the flow is:
+explicit steps at the very start, exponential ones at saddles, backward differentiation in curved valleys. None of that can be
+read off a point; but it can be tried. One method is in charge; now and then another one takes a few steps, and the one that
+pays less per unit of logarithmic time goes on. All of them continue from the same accepted points, those with a memory
+through the points that others accepted, so a trial costs no more than its few steps, and these are not lost either. Trials of
+a method that lost become rarer.
+
+Costs are the counts times what was measured (seconds per gradient, product, Hessian and factorisation), once for objectives
+of one kind in one process: there, and where a flow is resumed, choices are the same each time. In another process they may
+differ where two methods are about equal, and with them the solution, within the tolerance. Name a method where that matters.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from torch_gradflow.flow.bdf_cg import DENSE_LIMIT
+from torch_gradflow.flow.dense import Clock
+from torch_gradflow.flow.method import Arrival, Derivative, FlowMethod, Memory, RunEnd, Span, Visit, n_evaluations
+from torch_gradflow.flow.multistep import MAX_POINTS
+from torch_gradflow.flow.solution import Choice, Knot
+from torch_gradflow.objectives.base import EvaluationCounts, Objective
+
+_T = TypeVar("_T")
+
+# The method of the first steps: it needs nothing but gradients, and pieces that are shorter see no other.
+FIRST, FIRST_STEPS = "dopri5", 20
+# Exponential steps take an eigendecomposition each: beyond so many parameters it outweighs what they save.
+EXPONENTIAL_LIMIT = 400
+# Accepted steps of a trial, and how many of them are left out of its judgement while a method finds its order and step.
+TRIAL, WARM_UP = {True: 12, False: 5}, {True: 6, False: 2}
+# A method takes over if it pays less than this fraction of what the one in charge pays.
+TAKE_OVER = 0.9
+# A method that lost is tried again after this many times what a trial costs; twice as many each time it loses.
+FIRST_WAIT, MAX_WAIT = 12.0, 400.0
+# A trial ends early where it pays this many times as much.
+HOPELESS = 4.0
+# How much the latest step counts in what is paid.
+LATEST = 0.2
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds per call on one objective; ``nan`` for what was not measured.
+
+    Attributes:
+        gradient: Loss and gradient.
+        hvp: One Hessian–vector product.
+        hessian: Loss, gradient and Hessian.
+        cholesky: A Cholesky factorisation of the Hessian.
+        eigh: An eigendecomposition.
+    """
+
+    gradient: float
+    hvp: float = math.nan
+    hessian: float = math.nan
+    cholesky: float = math.nan
+    eigh: float = math.nan
+
+    @classmethod
+    def measure(cls, objective: Objective, theta: Tensor) -> Costs:
+        """The second of two calls each, so that compilation does not count.
+
+        A Hessian only up to ``DENSE_LIMIT``, and second derivatives only where there are any.
+        """
+        gradient, (_, g) = _seconds(lambda: objective.loss_and_gradient(theta))
+        try:
+            hvp, _ = _seconds(lambda: objective.hvp(theta, g))
+        except (RuntimeError, NotImplementedError):
+            return cls(gradient)
+        if objective.n_parameters > DENSE_LIMIT:
+            return cls(gradient, hvp)
+        hessian, (_, _, h) = _seconds(lambda: objective.loss_gradient_hessian(theta))
+        h = h + torch.eye(len(g), dtype=h.dtype, device=h.device) * float(h.abs().sum(1).max())
+        return cls(
+            gradient, hvp, hessian, _seconds(lambda: torch.linalg.cholesky_ex(h))[0], _seconds(lambda: torch.linalg.eigh(h))[0]
+        )
+
+    def of(self, counts: EvaluationCounts, before: EvaluationCounts, factorisation: float) -> float:
+        """What was spent between two states of the counts."""
+        n_hessian = counts.n_hessian - before.n_hessian
+        spent = (counts.n_grad - before.n_grad) * self.gradient
+        if counts.n_hvp > before.n_hvp:
+            spent += (counts.n_hvp - before.n_hvp) * self.hvp
+        return spent + n_hessian * (self.hessian + factorisation) if n_hessian else spent
+
+    def factorisation(self, method: str) -> float:
+        """What a method does with a Hessian."""
+        return self.cholesky if method == "bdf" else self.eigh
+
+
+def best_differentiation(costs: Costs, known: Sequence[str]) -> tuple[str, str]:
+    """The way in which backward differentiation is cheapest per step, and why.
+
+    Their steps are the same. Per step, "bdf" takes one Hessian and its factorisation, "bdf-cg" a gradient, about 3.5 products
+    and every twelfth time a Hessian and its eigendecomposition (about 25 products and no Hessian beyond ``DENSE_LIMIT``), and
+    "bdf-secant" about 5 gradients, as measured on networks of 33 to 601 parameters.
+
+    Args:
+        costs: What was measured.
+        known: The methods that may serve.
+    """
+    dense = not math.isnan(costs.hessian)
+    per_step = {"bdf-secant": 5 * costs.gradient}
+    if not math.isnan(costs.hvp):
+        products = 3.5 * costs.hvp + (costs.hessian + costs.eigh) / 12 if dense else 25 * costs.hvp
+        per_step["bdf-cg"] = costs.gradient + products
+    if dense:
+        per_step["bdf"] = costs.hessian + costs.cholesky
+    per_step = {name: cost for name, cost in per_step.items() if name in known}
+    name = min(per_step, key=per_step.__getitem__, default="")
+    listed = ", ".join(f"{m} {1e3 * c:.3g} ms" for m, c in sorted(per_step.items(), key=lambda item: item[1]))
+    return name, f"expected costs per step: {listed}"
+
+
+@dataclass
+class _Entrant:
+    """What is known of one method in the race.
+
+    Attributes:
+        method: The method.
+        wait: After how much spent by others it is tried (again); ``inf`` if it is not in the race.
+        since: What was spent since its last trial.
+        paid: What its latest steps took, an exponential average.
+        gained: The logarithmic time that they gained, in the same average.
+        step_size: What its controller wanted next.
+    """
+
+    method: FlowMethod
+    wait: float = math.inf
+    since: float = 0.0
+    paid: float = 0.0
+    gained: float = 0.0
+    step_size: float = 0.0
+
+    @property
+    def rate(self) -> float:
+        """Cost per logarithmic time."""
+        return self.paid / self.gained if self.gained else math.inf
+
+    def note(self, paid: float, gained: float) -> None:
+        """A step."""
+        keep = 1 - LATEST if self.gained else 0.0
+        self.paid, self.gained = keep * self.paid + paid, keep * self.gained + gained
+
+    def numbers(self) -> tuple[float, ...]:
+        """All but the method."""
+        return self.wait, self.since, self.paid, self.gained, self.step_size
+
+
+class Auto(FlowMethod):
+    """See the module.
+
+    Args:
+        methods: Those that may serve, by name; ``FIRST`` is one of them.
+    """
+
+    name = "auto"
+    order = 6
+    needs: Derivative = "hessian"
+    n_knots = 3
+    n_points = MAX_POINTS
+
+    def __init__(self, methods: Mapping[str, FlowMethod]) -> None:
+        self._methods = dict(methods)
+        self._measured: dict[tuple[Any, ...], Costs] = {}
+
+    def run(self, objective: Objective, start: Knot, span: Span, visit: Visit, memory: Memory | None = None) -> RunEnd:
+        """See ``FlowMethod``."""
+        return _Race(self._methods, self._costs, objective, start, span, visit, memory).run()
+
+    def _costs(self, objective: Objective, theta: Tensor) -> Costs:
+        """What calls of objectives of this kind take, measured once: two runs of one problem make the same choices."""
+        key = (*objective.kind(), torch.get_num_threads())
+        if key not in self._measured:
+            self._measured[key] = Costs.measure(objective, theta)
+        return self._measured[key]
+
+
+class _Race:
+    """One run of "auto"."""
+
+    def __init__(
+        self,
+        methods: dict[str, FlowMethod],
+        costs: Callable[[Objective, Tensor], Costs],
+        objective: Objective,
+        start: Knot,
+        span: Span,
+        visit: Visit,
+        memory: Memory | None,
+    ) -> None:
+        self._objective, self._span, self._visit, self._measure = objective, span, visit, costs
+        self._knot, self._approximate = start, False
+        self._entrants = {name: _Entrant(method) for name, method in methods.items()}
+        self._entrants[FIRST].step_size = span.step_size or 0.0
+        self._limit = n_evaluations(objective.counts) + span.max_evals
+        self._counts = replace(objective.counts)
+        self._costs: Costs | None = None
+        self._charge = self._current = FIRST
+        self._n_trial = self._n_steps = 0
+        self._memory: Memory | None = None
+        self._left_by = FIRST
+        self._times: tuple[float, ...] = (start.t,)
+        self._theta = start.theta[None]
+        self._origin, self._unit = start.t, 0.0
+        self._failed: set[str] = set()
+        self._n_accepted = self._n_rejected = 0
+        self._stop = False
+        reason = "explicit steps at the start"
+        if memory is not None and memory.times[0] == start.t:
+            self._recall(memory)
+            reason = "as before"
+        self._choices = [Choice(start.t, self._current, reason)]
+
+    def run(self) -> RunEnd:
+        """Bouts of one method after the other."""
+        while True:
+            end = self._bout()
+            self._n_accepted += end.n_accepted
+            self._n_rejected += end.n_rejected
+            self._knot, self._approximate = end.knot, end.approximate
+            if end.status == "t_end":
+                self._memory, self._left_by = end.memory, self._current
+                self._note(end.knot)
+            elif end.status != "visit" and not self._recovers(end):
+                return self._end(end)
+            if end.status == "t_end" or self._stop:
+                return self._end(end)
+
+    def _bout(self) -> RunEnd:
+        """The current method, until another one is to take a step."""
+        entrant, bout = self._entrants[self._current], self._current
+        multistep = entrant.method.n_points > 1
+        if self._approximate and not multistep:
+            loss, gradient = self._objective.loss_and_gradient(self._knot.theta)
+            self._knot, self._approximate = replace(self._knot, loss=loss, gradient=gradient), False
+        evaluations = self._limit - n_evaluations(self._objective.counts)
+        if self._n_trial and self._costs is not None:
+            charge = self._entrants[self._charge]
+            allowed = HOPELESS * max(charge.paid, charge.rate * entrant.gained) + 20 * self._costs.gradient
+            evaluations = min(evaluations, max(20.0, allowed / self._costs.gradient))
+        # A step that was the right one long ago, or for others, is corrected by a rejection or two.
+        step_size = entrant.step_size or self._entrants[self._charge].step_size or None
+        span = replace(self._span, step_size=step_size, max_evals=evaluations)
+
+        def visit(arrival: Arrival) -> bool:
+            self._note(arrival.knot)
+            entrant.step_size = arrival.step_size
+            self._memory, self._left_by = arrival.remember(), bout
+            self._decide()
+            self._stop = self._visit(replace(arrival, remember=self._remember))
+            return self._stop or self._current != bout
+
+        return entrant.method.run(self._objective, self._knot, span, visit, self._memory_for(entrant.method))
+
+    def _note(self, knot: Knot) -> None:
+        """An accepted point, and what it took."""
+        self._failed.clear()
+        gained = self._log(knot.t) - self._log(self._times[0])
+        self._times = (knot.t, *self._times[: MAX_POINTS - 1])
+        self._theta = torch.cat([knot.theta[None], self._theta[: MAX_POINTS - 1]])
+        self._n_steps += 1
+        paid = self._spent()
+        entrant = self._entrants[self._current]
+        if not self._n_trial or self._n_trial > WARM_UP[entrant.method.n_points > 1]:
+            entrant.note(paid, gained)
+        for name, other in self._entrants.items():
+            if name != self._current:
+                other.since += paid
+
+    def _spent(self) -> float:
+        counts, before = self._objective.counts, self._counts
+        self._counts = replace(counts)
+        if self._costs is None:
+            return float(counts.n_grad - before.n_grad)
+        return self._costs.of(counts, before, self._costs.factorisation(self._current))
+
+    def _log(self, t: float) -> float:
+        return math.log1p((t - self._origin) / self._unit) if self._unit else 0.0
+
+    def _decide(self) -> None:
+        """Who takes the next step."""
+        if self._costs is None:
+            if self._n_steps >= FIRST_STEPS:
+                self._open()
+            return
+        entrant, charge = self._entrants[self._current], self._entrants[self._charge]
+        if self._n_trial:
+            self._n_trial += 1
+            if self._n_trial <= TRIAL[entrant.method.n_points > 1]:
+                return
+            if entrant.rate < TAKE_OVER * charge.rate:
+                self._win()
+            else:
+                self._lose(f"{self._current} pays {entrant.rate / charge.rate:.2f} times as much")
+            return
+        due = [name for name, other in self._entrants.items() if name != self._charge and other.since >= other.wait]
+        if due:
+            self._try(max(due, key=lambda name: self._entrants[name].since / max(self._entrants[name].wait, 1e-300)))
+
+    def _open(self) -> None:
+        """The first steps are done: measure, and let others try."""
+        self._costs = self._measure(self._objective, self._theta[0])
+        self._counts = replace(self._objective.counts)
+        self._unit = max(self._times[0] - self._origin, 1e-300) / 4
+        first = self._entrants[FIRST]
+        # What the last points took, in the units in which others are measured.
+        span = self._times[: min(len(self._times), 6)]
+        first.paid = 6.0 * (len(span) - 1) * self._costs.gradient
+        first.gained = self._log(span[0]) - self._log(span[-1])
+        best, why = best_differentiation(self._costs, tuple(self._entrants))
+        self._choices.append(Choice(self._times[0], self._charge, f"measured; {why}; others are tried"))
+        small = self._objective.n_parameters <= EXPONENTIAL_LIMIT and not math.isnan(self._costs.hessian)
+        entrants = [other for other in (best, "exprb53" if small else "", "rkc2") if other in self._entrants]
+        for other in entrants:
+            self._entrants[other].wait = 0.0
+        if self._n_steps >= FIRST_STEPS and entrants:
+            self._try(entrants[0])
+
+    def _try(self, name: str) -> None:
+        self._current, self._n_trial = name, 1
+        entrant = self._entrants[name]
+        entrant.since = entrant.paid = entrant.gained = 0.0
+
+    def _win(self) -> None:
+        winner, loser = self._entrants[self._current], self._entrants[self._charge]
+        reason = f"pays {winner.rate / loser.rate:.2f} times what {self._charge} did"
+        loser.wait, loser.since = self._first_wait(), 0.0
+        for name, other in self._entrants.items():
+            if name not in (self._charge, self._current) and math.isfinite(other.wait) and other.wait > 0:
+                other.wait = min(other.wait, 4 * self._first_wait())
+        self._charge, self._n_trial = self._current, 0
+        self._choices.append(Choice(self._times[0], self._charge, reason))
+
+    def _lose(self, reason: str) -> None:
+        entrant = self._entrants[self._current]
+        ratio = entrant.rate / max(self._entrants[self._charge].rate, 1e-300)
+        growth = min(64.0, max(2.0, ratio))
+        entrant.wait = min(max(growth * entrant.wait, self._first_wait() * growth / 2), MAX_WAIT * self._first_wait())
+        entrant.since = 0.0
+        self._current, self._n_trial = self._charge, 0
+
+    def _first_wait(self) -> float:
+        """What some trials of the method in charge would cost."""
+        charge = self._entrants[self._charge]
+        return FIRST_WAIT * charge.paid * LATEST * 6
+
+    def _recovers(self, end: RunEnd) -> bool:
+        """Whether another method goes on where the current one ended."""
+        if n_evaluations(self._objective.counts) >= self._limit:
+            return False
+        self._spent()
+        if self._n_trial:
+            self._lose("it made no step")
+            return True
+        if end.status == "max_evals":
+            return False
+        self._failed.add(self._current)
+        if self._costs is None:
+            self._open()
+        left = [name for name, e in self._entrants.items() if name not in self._failed and math.isfinite(e.wait)]
+        if not left:
+            return False
+        self._choices.append(Choice(end.knot.t, left[0], f"{self._current} ended with {end.status!r}"))
+        self._charge = self._current = left[0]
+        self._n_trial = 0
+        self._entrants[left[0]].step_size = 0.0
+        return True
+
+    def _memory_for(self, method: FlowMethod) -> Memory | None:
+        """What the method left where it ended just here; or the accepted points, as backward differentiation wants them."""
+        own = self._memory
+        if own is not None and self._left_by == method.name and own.times[0] == self._times[0]:
+            return own
+        if method.n_points < 2 or len(self._times) < 2:
+            return None
+        if own is not None and own.clock is not None and own.times[0] == self._times[0]:
+            return replace(own, curvature=None, numbers=own.numbers[:3])
+        degree = min(4, len(self._times) - 1)
+        return Memory(self._times, self._theta, degree, None, (float(degree), 0.0, 0.0), Clock(self._origin, self._unit))
+
+    def _remember(self) -> Memory:
+        """All of it, for a later race; ``_recall`` is the inverse."""
+        own = self._memory
+        names = list(self._entrants)
+        costs = (0.0,) * 6 if self._costs is None else (1.0, *astuple(self._costs))
+        numbers = [float(names.index(name)) for name in (self._charge, self._current, self._left_by or self._current)]
+        numbers += [float(self._n_trial), float(self._n_steps), self._origin, self._unit, *costs]
+        numbers += [number for entrant in self._entrants.values() for number in entrant.numbers()]
+        if own is None:
+            return Memory(self._times, self._theta, 0, None, tuple(numbers))
+        points = (own.times, own.theta) if own.clock is not None else (self._times, self._theta)
+        return Memory(*points, own.degree, own.curvature, (*numbers, *own.numbers), own.clock)
+
+    def _recall(self, memory: Memory) -> None:
+        names, numbers = list(self._entrants), list(memory.numbers)
+        self._charge, self._current, self._left_by = (names[int(numbers.pop(0))] for _ in range(3))
+        n_trial, n_steps, self._origin, self._unit, measured, *costs = (numbers.pop(0) for _ in range(10))
+        self._n_trial, self._n_steps = int(n_trial), int(n_steps)
+        self._costs = Costs(*costs) if measured else None
+        for entrant in self._entrants.values():
+            entrant.wait, entrant.since, entrant.paid, entrant.gained, entrant.step_size = (numbers.pop(0) for _ in range(5))
+        self._times, self._theta = memory.times, memory.theta
+        self._memory = replace(memory, numbers=tuple(numbers)) if numbers else None
+
+    def _end(self, end: RunEnd) -> RunEnd:
+        memory = None if self._times[0] != end.knot.t else self._remember()
+        n_accepted, n_rejected = self._n_accepted, self._n_rejected
+        return replace(end, n_accepted=n_accepted, n_rejected=n_rejected, choices=tuple(self._choices), memory=memory)
+
+
+def _seconds(call: Callable[[], _T]) -> tuple[float, _T]:
+    call()
+    began = time.perf_counter()
+    result = call()
+    if isinstance(result, tuple) and isinstance(result[0], Tensor):
+        float(result[0].flatten()[0])  # waits for a device
+    return time.perf_counter() - began, result
