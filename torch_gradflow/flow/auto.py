@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from torch_gradflow.flow.bdf_cg import DENSE_LIMIT
+from torch_gradflow.flow.continuation import replace_gradient
 from torch_gradflow.flow.dense import Clock
 from torch_gradflow.flow.method import Arrival, Derivative, FlowMethod, Memory, RunEnd, Span, Visit, n_evaluations
 from torch_gradflow.flow.multistep import MAX_POINTS
@@ -213,7 +214,9 @@ class _Race:
         self._times: tuple[float, ...] = (start.t,)
         self._theta = start.theta[None]
         self._origin, self._unit = start.t, 0.0
+        # Methods that could not go on hereabouts.
         self._failed: set[str] = set()
+        self._failed_at = -math.inf
         self._n_accepted = self._n_rejected = 0
         self._stop = False
         reason = "explicit steps at the start"
@@ -239,11 +242,10 @@ class _Race:
 
     def _bout(self) -> RunEnd:
         """The current method, until another one is to take a step."""
-        entrant, bout = self._entrants[self._current], self._current
+        entrant, bout, on_trial = self._entrants[self._current], self._current, bool(self._n_trial)
         multistep = entrant.method.n_points > 1
         if self._approximate and not multistep:
-            loss, gradient = self._objective.loss_and_gradient(self._knot.theta)
-            self._knot, self._approximate = replace(self._knot, loss=loss, gradient=gradient), False
+            self._knot, self._approximate = replace_gradient(self._knot, self._objective), False
         evaluations = self._limit - n_evaluations(self._objective.counts)
         if self._n_trial and self._costs is not None:
             charge = self._entrants[self._charge]
@@ -259,13 +261,14 @@ class _Race:
             self._memory, self._left_by = arrival.remember(), bout
             self._decide()
             self._stop = self._visit(replace(arrival, remember=self._remember))
-            return self._stop or self._current != bout
+            return self._stop or self._current != bout or (on_trial and not self._n_trial)
 
         return entrant.method.run(self._objective, self._knot, span, visit, self._memory_for(entrant.method))
 
     def _note(self, knot: Knot) -> None:
         """An accepted point, and what it took."""
-        self._failed.clear()
+        if knot.t - self._failed_at > 1e-3 * (knot.t - self._origin):
+            self._failed.clear()
         gained = self._log(knot.t) - self._log(self._times[0])
         self._times = (knot.t, *self._times[: MAX_POINTS - 1])
         self._theta = torch.cat([knot.theta[None], self._theta[: MAX_POINTS - 1]])
@@ -366,6 +369,7 @@ class _Race:
         if end.status == "max_evals":
             return False
         self._failed.add(self._current)
+        self._failed_at = end.knot.t
         if self._costs is None:
             self._open()
         left = [name for name, e in self._entrants.items() if name not in self._failed and math.isfinite(e.wait)]

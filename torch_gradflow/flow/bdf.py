@@ -19,7 +19,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from torch_gradflow.flow.control import CLOCK, first_step_size, norm, weights
+from torch_gradflow.flow.control import CLOCK, Patience, first_step_size, norm, weights
 from torch_gradflow.flow.dense import Clock, polynomial
 from torch_gradflow.flow.method import (
     Arrival,
@@ -211,6 +211,7 @@ class MultistepMethod(FlowMethod):
         """See ``FlowMethod``."""
         march = _March(self.name, objective, start, span, self.corrector(objective, span, memory), memory)
         limit = n_evaluations(objective.counts) + span.max_evals
+        patience = Patience(start.t)
         status: RunStatus | None = "t_end" if span.t_end <= start.t else None
         while status is None:
             if n_evaluations(objective.counts) >= limit:
@@ -222,6 +223,8 @@ class MultistepMethod(FlowMethod):
                     status = "t_end"
                 elif visit(march.arrival()):
                     status = "visit"
+            elif math.isinf(march.error) and patience.exhausted(march.times[0]):
+                status = "not finite"
         return march.end(status)
 
 

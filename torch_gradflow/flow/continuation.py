@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from torch_gradflow.flow.dense import HermiteWindow
@@ -148,8 +149,13 @@ def point_between(
 
 
 def replace_gradient(knot: Knot, objective: Objective) -> Knot:
-    """The accepted point with loss and gradient of its own, not of the last stage."""
+    """The accepted point with loss and gradient of its own, not of the last stage or of a linearisation.
+
+    Where these are not finite, being at the edge of what can be represented, it stays as it was.
+    """
     loss, gradient = objective.loss_and_gradient(knot.theta)
+    if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(gradient).all()):
+        return knot
     return replace(knot, loss=loss, gradient=gradient)
 
 

@@ -12,6 +12,8 @@ from torch import Tensor
 SAFETY = 0.9
 # The least and the largest factor between a step and the next one.
 MIN_FACTOR, MAX_FACTOR = 0.2, 5.0
+# Trial steps into regions without finite values after which a flow that hardly advances any more is given up.
+PATIENCE = 40
 # Step sizes below this fraction of t (and of the first step, at t = 0) no longer move the clock reliably.
 CLOCK = 4e-16
 
@@ -60,6 +62,24 @@ def require_finite(size: float) -> None:
             "The gradient is not finite at the point that the flow stands at, so no shorter step can help: restore "
             "parameters at which the loss and its gradient are finite, or change the loss."
         )
+
+
+class Patience:
+    """Counts trial steps into regions without finite values, and says when a flow that hardly advances is given up.
+
+    Args:
+        start: Where the flow began.
+    """
+
+    def __init__(self, start: float) -> None:
+        self._start = start
+        self._failures: list[float] = []
+
+    def exhausted(self, t: float) -> bool:
+        """After one more such step from t: whether over the last ``PATIENCE`` ones the flow hardly advanced."""
+        self._failures = [*self._failures[-PATIENCE:], t]
+        hardly = max(1e-3 * (t - self._start), 1e-5 * abs(t))
+        return len(self._failures) > PATIENCE and t - self._failures[0] <= hardly
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,10 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
+from torch_gradflow.flow.control import Patience
 from torch_gradflow.flow.method import Arrival, Derivative, FlowMethod, Memory, RunEnd, RunStatus, Span, Visit, n_evaluations
 from torch_gradflow.flow.solution import Knot
 from torch_gradflow.objectives.base import Objective
-
-# Trial steps into regions without finite values after which a flow that hardly advances any more is given up.
-PATIENCE = 40
 
 
 @dataclass(frozen=True)
@@ -48,15 +46,14 @@ class ExplicitMethod(FlowMethod):
     def run(self, objective: Objective, start: Knot, span: Span, visit: Visit, memory: Memory | None = None) -> RunEnd:
         """See ``FlowMethod``; ``step_size=None`` lets torchdiffeq choose the first step, with one more gradient."""
         state = _Run(self, objective, start, visit, span)
-        failures: list[float] = []
+        patience = Patience(start.t)
         while True:
             end = self._segment(state, span)
             if end != "not finite":
                 return state.end(end)
             # A trial step left the region where L is finite: try again from the last accepted point, shorter.
             state.n_rejected += 1
-            failures.append(state.knot.t)
-            if len(failures) > PATIENCE and failures[-1] - failures[-PATIENCE] <= 1e-3 * (failures[-1] - start.t):
+            if patience.exhausted(state.knot.t):
                 return state.end("not finite")
             state.step_size = 0.2 * (state.tried if state.tried > 0 else state.step_size or 1.0)
             if state.knot.t + state.step_size * 1e-3 == state.knot.t or state.step_size < 1e-300:

@@ -468,7 +468,7 @@ class FlowRun:
             return "t_end", f"Reached the end time, {t}."
         if end.status == "visit":
             return "stopped", self._stopped_by
-        return end.status, failure_message(end)
+        return end.status, failure_message(end) + (f" {end.note}" if end.note else "")
 
 
 def failure_message(end: RunEnd) -> str:

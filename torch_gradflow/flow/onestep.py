@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torch_gradflow.flow.control import CLOCK, Controller, first_step_size
+from torch_gradflow.flow.control import CLOCK, Controller, Patience, first_step_size
 from torch_gradflow.flow.method import (
     Arrival,
     FlowMethod,
@@ -41,7 +41,13 @@ class Trial:
 
 
 class Stepper(ABC):
-    """One run of a one-step method: what it keeps while it goes along (a factorisation, a spectral radius)."""
+    """One run of a one-step method: what it keeps while it goes along (a factorisation, a spectral radius).
+
+    Attributes:
+        curvature: What it would have to remember besides ``numbers``, see ``Memory.curvature``.
+    """
+
+    curvature: Tensor | None = None
 
     @abstractmethod
     def attempt(self, here: Knot, step_size: float) -> Trial | float:
@@ -50,13 +56,6 @@ class Stepper(ABC):
     @abstractmethod
     def numbers(self) -> tuple[float, ...]:
         """What it would have to remember to go on as if it had not been stopped."""
-
-    def curvature(self) -> Tensor | None:
-        """What it would have to remember besides, see ``Memory.curvature``."""
-        return None
-
-    def recall(self, curvature: Tensor) -> None:
-        """Go on with the ``curvature`` of an earlier stepper."""
 
 
 class OneStepMethod(FlowMethod):
@@ -81,14 +80,14 @@ class OneStepMethod(FlowMethod):
             previous, *rest = memory.numbers
             control, kept = Controller(self.estimate + 1, previous or None), tuple(rest)
         stepper = self.begin(objective, span, kept)
-        if kept and memory is not None and memory.curvature is not None:
-            stepper.recall(memory.curvature)
+        stepper.curvature = memory.curvature if memory is not None and kept else None
         limit = n_evaluations(objective.counts) + span.max_evals
         h = span.step_size or first_step_size(
             start.theta, start.gradient, cap=span.t_end - start.t, rtol=span.rtol, atol=span.atol
         )
         here, n_accepted, n_rejected, error = start, 0, 0, 0.0
         status: RunStatus | None = "t_end" if span.t_end <= start.t else None
+        patience = Patience(start.t)
         while status is None:
             if n_evaluations(objective.counts) >= limit:
                 status = "max_evals"
@@ -108,6 +107,8 @@ class OneStepMethod(FlowMethod):
                 factor, control = control.rejected(error)
                 h = tried * factor
                 n_rejected += 1
+                if math.isinf(error) and patience.exhausted(here.t):
+                    status = "not finite"
                 continue
             factor, control = control.accepted(error)
             # A step that was cut to end somewhere says nothing against the step size that was wanted.
@@ -135,4 +136,4 @@ class OneStepMethod(FlowMethod):
 
 def _remember(here: Knot, control: Controller, stepper: Stepper) -> Memory:
     numbers = (control.previous or 0.0, *stepper.numbers())
-    return Memory((here.t,), here.theta[None], 0, stepper.curvature(), numbers)
+    return Memory((here.t,), here.theta[None], 0, stepper.curvature, numbers)

@@ -20,7 +20,7 @@ SERIES, N_TERMS = 5.0, 36
 
 
 def phi(z: Tensor, highest: int) -> Tensor:
-    """φ_0(z), …, φ_highest(z), shape ``(highest + 1, *z.shape)``; from z = 710 on (float64) they overflow to ``inf``.
+    """φ_0(z), …, φ_highest(z), highest ≥ 1, shape ``(highest + 1, *z.shape)``; beyond 709 (float64) they overflow to ``inf``.
 
     For 0 ≤ z ≤ 5 the Taylor series is summed. For −5 ≤ z < 0, where its terms alternate, Kummer's transformation of
     φ_k(z) = ₁F₁(1; k+1; z)/k! gives positive terms: φ_k(−x) = e^{−x}/(k−1)! Σ_j x^j/((k+j) j!).
@@ -47,7 +47,7 @@ def _sums(z: Tensor, highest: int) -> Tensor:
 
 @lru_cache
 def _coefficients(highest: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """1/(j+k)!, and below them 1/((k−1)! (k+j) j!), for k = 1, …, highest (rows) and j = 0, 1, …"""
+    """1/(j+k)!, and below them 1/((k−1)! (k+j) j!), in rows for k = 1, …, highest, for j = 0, …, N_TERMS − 1."""
     orders, terms = range(1, highest + 1), range(N_TERMS)
     taylor = [[1 / math.factorial(j + k) for j in terms] for k in orders]
     kummer = [[1 / (math.factorial(k - 1) * (k + j) * math.factorial(j)) for j in terms] for k in orders]

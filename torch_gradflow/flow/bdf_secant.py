@@ -1,0 +1,659 @@
+"""Backward differentiation by gradients alone: the stiff flow for objectives without Hessians, and for training loops.
+
+The equation of a step, p′ + a δ = −∇L(θ_p + δ) (see ``bdf``), is solved by quasi-Newton iterations. What they find out about
+the Hessian is carried along the whole trajectory (``secant``): a flow to t = 1e7 with 33 parameters takes some 1400 gradients,
+three to four per step, where an explicit method takes 1e9.
+
+It is a state machine with one gradient per call, like ``adams``: a state proposes a point, the caller evaluates ∇L there,
+``advance`` judges it and makes the next proposal. ``BdfSecant`` drives it with an objective; a training loop drives it by
+its own gradients, whose parameters then always are predicted or nearly converged points, at most a few tolerances from the
+trajectory. Iterations begin at p_{k+1}, which is closer to the solution than p_k.
+
+In a loop L may change between any two calls. That shows as steps which fail: each second failure in a row asks for the
+gradient at the accepted point once more. Where it is another one, ``adams`` takes over, which makes progress at every call
+under an L that changes at every call (mini-batches), and hands back once L came to rest.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from torch_gradflow.flow import adams
+from torch_gradflow.flow.adams import AdamsState
+from torch_gradflow.flow.bdf import UNIT, algebra_for
+from torch_gradflow.flow.control import CLOCK, first_step_size, norm, require_finite, weights
+from torch_gradflow.flow.dense import Clock, polynomial
+from torch_gradflow.flow.method import (
+    Arrival,
+    Derivative,
+    FlowMethod,
+    Interpolant,
+    Memory,
+    RunEnd,
+    RunStatus,
+    Span,
+    Visit,
+    approaches,
+    n_evaluations,
+)
+from torch_gradflow.flow.multistep import MAX_ORDER, MAX_POINTS, OrderControl
+from torch_gradflow.flow.secant import Dense, LowRank, Pairs, Secant, Solve
+from torch_gradflow.flow.solution import Knot
+from torch_gradflow.objectives.base import Objective
+
+# "refined": the iteration inside the step goes on.
+Verdict = Literal["accepted", "rejected", "confirmed", "changed", "refined"]
+
+# Up to so many parameters B is a matrix, of 8 MB; its factorisation takes 20 ms then, once per step.
+DENSE_LIMIT = 1000
+# Else so many eigenpairs are kept at most, and so many numbers.
+RANK, RANK_NUMBERS = 100, 2**24
+# An iteration ends when its last change is below this fraction of the tolerance. Between 0.1 and 0.2 the gradients that it
+# takes to a given accuracy are the same within 2 %; at 0.3 the steps become shorter, errors grow and orders fall.
+SETTLED = 0.2
+# δ of an accepted step is at most 1/c tolerances, where c δ is its error; no single change may be larger. One that wants to
+# be so much larger cannot end in an accepted step, and shows that the gradient is that of another L.
+FAR = 100.0
+# An iteration fails when it is larger than this, relative to the smallest, after so many; when it is above 1 after more.
+GROWTH, PATIENCE, MANY, TOO_MANY = 5.0, 7, 12, 25
+# So many pairs are kept apart from B within a step.
+STACK = 8
+# How far from a known gradient a suspicious direction is looked at, in tolerances.
+PROBE = 0.1
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a proposal has to keep to.
+
+    Attributes:
+        cap: The longest step.
+        rtol: Relative tolerance.
+        atol: Absolute tolerance.
+        t_end: Where to end exactly, may be infinite.
+        watch: Whether L may change.
+    """
+
+    cap: float
+    rtol: float
+    atol: float
+    t_end: float
+    watch: bool
+
+
+@dataclass(frozen=True)
+class Step:
+    """The step that is being taken; it follows from the rest of the state.
+
+    Attributes:
+        h: Its length.
+        t: Where it ends.
+        order: k.
+        a: α/h.
+        constants: Those of the errors c (θ − p_j) at the orders j = k − 1, k, k + 1; 0 where there is none.
+        rows: p_k, its slope, p_{k−1}, p_{k+1} and the tolerated errors, shape ``(5, P)``.
+        solve: (B + a I)⁻¹; None if that is not positive definite.
+    """
+
+    h: float
+    t: float
+    order: int
+    a: float
+    constants: tuple[float, float, float]
+    rows: Tensor
+    solve: Solve | None
+
+
+@dataclass(frozen=True)
+class SecantState:
+    """Where the flow stands, and what it proposes next.
+
+    Attributes:
+        times: Flow times of the accepted points that are kept, newest first; at most 8.
+        theta: θ there, shape ``(len(times), P)``.
+        gradient: −dθ/dt at the newest of them, as the method has it, shape ``(P,)``.
+        degree: That of the polynomial between the two newest points.
+        clock: The time in which that polynomial is one.
+        control: Of the order.
+        step_size: What the controller wants next, not capped.
+        secant: What is known of the Hessian.
+        at: Where L was evaluated last, shape ``(P,)``.
+        found: ∇L there.
+        step: The step that is being taken.
+        delta: δ, shape ``(P,)``.
+        pairs: Of B + a I, found in this step.
+        n_iterations: Gradients in this step.
+        smallest: The smallest change among them, in tolerances.
+        accuracy: a of the last accepted step; 0.0 where ``gradient`` is exact.
+        asked: The accepted point itself is to be evaluated once more.
+        probe: A displacement from ``at`` along which the curvature is wanted, or None.
+        restless: The objective changed, and did not come to rest since: what goes on instead; or None.
+    """
+
+    times: tuple[float, ...]
+    theta: Tensor
+    gradient: Tensor
+    degree: int
+    clock: Clock
+    control: OrderControl
+    step_size: float
+    secant: Secant
+    at: Tensor
+    found: Tensor
+    step: Step
+    delta: Tensor
+    pairs: Pairs
+    n_iterations: int = 0
+    smallest: float = math.inf
+    accuracy: float = 0.0
+    asked: bool = False
+    probe: Tensor | None = None
+    restless: AdamsState | None = None
+
+    @property
+    def t(self) -> float:
+        """Flow time of the last accepted point."""
+        return self.times[0]
+
+    @property
+    def proposed(self) -> float:
+        """Size of the proposed step in flow time; 0.0 if the accepted point itself is to be evaluated once more."""
+        if self.restless is not None:
+            return self.restless.proposed
+        return 0.0 if self.asked else self.step.h
+
+    def proposal(self) -> Tensor:
+        """θ at which the next gradient is wanted, shape ``(P,)``; not to be written to."""
+        if self.restless is not None:
+            return self.restless.proposal()
+        if self.asked:
+            return self.theta[0]
+        return self.step.rows[0] + self.delta if self.probe is None else self.at + self.probe
+
+
+def begin(
+    t: float,
+    theta: Tensor,
+    gradient: Tensor,
+    *,
+    cap: float,
+    rtol: float,
+    atol: float,
+    step_size: float | None = None,
+    t_end: float = math.inf,
+    watch: bool = True,
+    secant: Secant | None = None,
+) -> SecantState:
+    """The flow at its first point, with the proposal of a first step of order 1.
+
+    Args:
+        t: Flow time.
+        theta: θ, shape ``(P,)``; copied.
+        gradient: ∇L there, shape ``(P,)``; copied.
+        cap: The longest step allowed, positive.
+        rtol: Relative tolerance of the local error.
+        atol: Absolute tolerance.
+        step_size: The first step size to try; None for ``first_step_size``.
+        t_end: Where to end exactly.
+        watch: Whether L may change between calls.
+        secant: What is known of the Hessian; None for nothing, in a form that suits P.
+
+    Raises:
+        FloatingPointError: If the gradient is not finite.
+    """
+    require_finite(float(gradient.abs().amax()))
+    first = first_step_size(theta, gradient, cap=min(cap, t_end - t), rtol=rtol, atol=atol) if step_size is None else step_size
+    theta, gradient = theta.detach().clone(), gradient.detach().clone()
+    if secant is None:
+        secant = nothing(theta)
+    blank = torch.zeros_like(theta)
+    state = SecantState(
+        (t,), theta[None], gradient, 0, Clock(t, UNIT * first), OrderControl(), first, secant, theta, gradient,
+        Step(0.0, t, 1, 0.0, (0.0, 0.0, 0.0), theta[None], None), blank, Pairs.none(theta),
+    )  # fmt: skip
+    return _proposed(state, Limits(cap, rtol, atol, t_end, watch))
+
+
+def nothing(theta: Tensor, dense_limit: int = DENSE_LIMIT, rank: int = RANK) -> Secant:
+    """What is known of the Hessian at the start, in the form that suits P."""
+    if len(theta) <= dense_limit:
+        return Dense.nothing(theta)
+    return LowRank.nothing(theta, min(rank, max(8, RANK_NUMBERS // len(theta))))
+
+
+def advance(
+    state: SecantState,
+    gradient: Tensor,
+    *,
+    cap: float,
+    rtol: float,
+    atol: float,
+    t_end: float = math.inf,
+    watch: bool = True,
+) -> tuple[SecantState, Verdict]:
+    """Judge the proposal of ``state`` by the gradient there.
+
+    Args:
+        state: The state, which is left as it is.
+        gradient: ∇L at ``state.proposal()``, shape ``(P,)``; copied.
+        cap: The longest step allowed from now on, positive.
+        rtol: Relative tolerance of the local error.
+        atol: Absolute tolerance.
+        t_end: Where to end exactly.
+        watch: Whether L may change between calls; if not, no gradient is spent on that question.
+
+    Returns:
+        The new state, with a new proposal, and the verdict: "refined" (the step's equation is not solved yet); "accepted";
+        "rejected" (the step is too long, or the gradient not finite); "confirmed" (the accepted point was evaluated once
+        more, L is the same); "changed" (L is another one than at the accepted point).
+
+    Raises:
+        FloatingPointError: If the accepted point was evaluated once more, and the gradient is not finite.
+    """
+    limits, gradient = Limits(cap, rtol, atol, t_end, watch), gradient.detach()
+    if state.restless is not None:
+        return _go_on_restless(state, state.restless, gradient, limits)
+    if state.asked:
+        return _compare(state, gradient, limits)
+    if state.probe is not None:
+        return _look(state, state.probe, gradient, limits)
+    return _iterate(state, gradient.clone(), limits)
+
+
+def _iterate(state: SecantState, gradient: Tensor, limits: Limits) -> tuple[SecantState, Verdict]:
+    """One iteration towards the solution of the step's equation."""
+    step, delta = state.step, state.delta
+    learned = _learn(state, step.rows[0] + delta, gradient)
+    solve = learned.step.solve
+    if solve is None:
+        return _rejected(learned, math.inf, limits), "rejected"
+    change = -learned.pairs.solve(solve, gradient.add(step.rows[1]).add_(delta, alpha=step.a))
+    size, longest = norm(change, step.rows[4]), 1 / step.constants[1]
+    if not size <= FAR * longest:
+        return _rejected(learned, math.inf, limits), "rejected"
+    if size > longest:
+        change = change * (longest / size)
+    delta = delta + change
+    if size < SETTLED:
+        return _arrived(learned, delta, limits)
+    n_iterations = state.n_iterations + 1
+    stalls = n_iterations >= PATIENCE and size > GROWTH * state.smallest
+    if stalls or (n_iterations >= MANY and size > 1) or n_iterations >= TOO_MANY:
+        return _rejected(learned, math.inf, limits), "rejected"
+    return replace(learned, delta=delta, n_iterations=n_iterations, smallest=min(size, state.smallest)), "refined"
+
+
+def _learn(state: SecantState, point: Tensor, gradient: Tensor) -> SecantState:
+    """What the gradient says about the Hessian.
+
+    ``step.solve`` is None afterwards if the step is too long: for an unstable mode, or as the gradient is not finite.
+    """
+    step = state.step
+    s = point - state.at
+    z = torch.add(gradient - state.found, s, alpha=step.a)
+    s_s, s_z, z_z, size = torch.stack([s @ s, s @ z, z @ z, point @ point]).tolist()
+    if not math.isfinite(z_z):
+        # Nothing is known of that point; and the step is too long as well.
+        return replace(state, step=replace(step, solve=None))
+    learned = replace(state, at=point, found=gradient)
+    eps = torch.finfo(s.dtype).eps
+    if s_s <= (100 * eps) ** 2 * size:
+        return learned
+    if s_z <= eps**0.75 * math.sqrt(s_s * z_z):
+        if not state.n_iterations:
+            # From one step to the next the gradient changes along an arc: that says less.
+            return learned
+        return replace(_corrected(learned, s / math.sqrt(s_s), s_z / s_s - step.a), step=replace(step, solve=None))
+    pairs = state.pairs.joined(s, z) if len(state.pairs) < STACK else None
+    if pairs is None:
+        secant = state.secant.learned(state.pairs, step.a)
+        solve = secant.factor(step.a)
+        pairs = Pairs.none(s).joined(s, z)
+        assert pairs is not None
+        if solve is not None:
+            learned = replace(learned, secant=secant, step=replace(step, solve=solve))
+    return replace(learned, pairs=pairs)
+
+
+def _corrected(state: SecantState, direction: Tensor, curvature: float) -> SecantState:
+    """With the curvature along a unit vector known better."""
+    secant = state.secant.learned(state.pairs, state.step.a).corrected(direction, curvature)
+    return replace(state, secant=secant, pairs=Pairs.none(direction))
+
+
+def _look(state: SecantState, probe: Tensor, gradient: Tensor, limits: Limits) -> tuple[SecantState, Verdict]:
+    """Whether the curvature that forbids the step is there."""
+    length = float(probe.norm())
+    curvature = float(probe @ (gradient - state.found)) / length**2
+    if not math.isfinite(curvature):
+        return _rejected(replace(state, probe=None), math.inf, limits), "rejected"
+    state = _corrected(replace(state, probe=None), probe / length, curvature)
+    if curvature + state.step.a > 0:
+        return _proposed(state, limits), "refined"
+    # As long as it is: growth must be followed, not damped.
+    shorter = state.step.h * max(0.1, 0.5 * state.step.a / -curvature)
+    control = replace(state.control, n_steps=0)
+    return _proposed(replace(state, step_size=shorter, control=control), limits), "rejected"
+
+
+def _arrived(state: SecantState, delta: Tensor, limits: Limits) -> tuple[SecantState, Verdict]:
+    """The equation is solved: judge the step by its error."""
+    step = state.step
+    algebra = algebra_for(delta.device, delta.dtype, len(delta))
+    norms, _, theta, gradient = algebra.finish(delta, state.found, step.a, step.order, state.theta, step.rows)
+    low, own, high = (size * constant for size, constant in zip(norms, step.constants, strict=True))
+    if not own <= 1:
+        return _rejected(state, own if math.isfinite(own) else math.inf, limits), "rejected"
+    control = OrderControl(step.order, state.control.n_steps, state.control.n_rejected)
+    lower, higher = low if step.constants[0] else None, high if step.constants[2] else None
+    factor, control = control.accepted(own, lower, higher, len(state.times) == 1)
+    longer = state.clock.after(step.t, factor * (state.clock.of(step.t) - state.clock.of(state.t)))
+    times = (step.t, *state.times[: MAX_POINTS - 1])
+    accepted = replace(
+        state,
+        times=times,
+        theta=theta,
+        gradient=gradient,
+        degree=min(step.order + 1, len(times) - 1),
+        control=control,
+        # A step that was cut to end somewhere says nothing against the step size that was wanted.
+        step_size=max(state.step_size, longer) if step.h < state.step_size else longer,
+        secant=state.secant.learned(state.pairs, step.a),
+        accuracy=step.a,
+    )
+    return _proposed(accepted, limits), "accepted"
+
+
+def _rejected(state: SecantState, error: float, limits: Limits) -> SecantState:
+    """Another try from the accepted point, by a shorter step; each second time to see whether L is still the same."""
+    factor, control = state.control.rejected(error)
+    times, theta = state.times, state.theta
+    if control.n_rejected >= 3 and len(times) > 2:
+        # The past says nothing any more.
+        times, theta = times[:2], theta[:2]
+    again = replace(
+        state,
+        times=times,
+        theta=theta,
+        degree=min(state.degree, len(times) - 1),
+        control=control,
+        step_size=state.step.h * factor,
+        secant=state.secant.learned(state.pairs, state.step.a),
+    )
+    return replace(_proposed(again, limits), asked=limits.watch and control.n_rejected % 2 == 0)
+
+
+def _proposed(state: SecantState, limits: Limits) -> SecantState:
+    """With a new step."""
+    t, floor = state.t, 4 * CLOCK * abs(state.t)
+    wanted = max(state.step_size, floor, 1e-300)
+    wanted = limits.cap if wanted >= (1 - adams.HAIR) * limits.cap else wanted
+    step = _step(state, approaches(t, wanted, limits.t_end) if t < limits.t_end else wanted, limits)
+    return _with_step(replace(state, pairs=Pairs.none(state.at), n_iterations=0, smallest=math.inf, asked=False), step)
+
+
+def _with_step(state: SecantState, step: Step) -> SecantState:
+    delta = step.rows[3] - step.rows[0] if step.constants[2] else torch.zeros_like(step.rows[0])
+    probe = None
+    if step.solve is None:
+        _, direction = state.secant.most_negative()
+        probe = direction * (PROBE / norm(direction, step.rows[4]))
+    return replace(state, step=step, delta=delta, probe=probe)
+
+
+def _step(state: SecantState, h: float, limits: Limits) -> Step:
+    """The step of that length from the accepted point."""
+    times, theta, clock = state.times, state.theta, state.clock
+    t = limits.t_end if h == limits.t_end - times[0] else times[0] + h
+    if len(times) == 1:
+        slope = -state.gradient
+        predicted = theta[0] + h * slope
+        tolerated = weights(limits.rtol, limits.atol, theta[0], predicted)
+        rows = torch.stack([predicted, slope, predicted, predicted, tolerated])
+        return Step(h, t, 1, 1 / h, (0.0, 0.5, 0.0), rows, state.secant.factor(1 / h))
+    order = min(state.control.order, len(times) - 1)
+    taus = [clock.of(s) for s in times]
+    tau = clock.of(t) - taus[0]
+    speed = clock.rate(t) / tau
+    algebra = algebra_for(theta.device, theta.dtype, theta.shape[1])
+    alpha, constants, rows = algebra.predict(taus, tau, order, speed, theta, limits.rtol, limits.atol)
+    return Step(h, t, order, alpha * speed, constants, rows, state.secant.factor(alpha * speed))
+
+
+def _compare(state: SecantState, gradient: Tensor, limits: Limits) -> tuple[SecantState, Verdict]:
+    """Whether the gradient at the accepted point is still the one that is known.
+
+    After a step of the method that is known as well as the point itself: the difference is that of the point's error.
+    """
+    difference = gradient - state.gradient
+    size, jump = torch.stack([state.gradient.abs().amax(), difference.abs().amax()]).tolist()
+    require_finite(jump)
+    same = jump <= torch.finfo(gradient.dtype).eps ** 0.55 * size
+    if not same and state.accuracy:
+        solve = state.secant.factor(state.accuracy)
+        same = solve is not None and norm(solve(difference), state.step.rows[4]) <= 1
+    if same:
+        return replace(state, asked=False), "confirmed"
+    step_size = first_step_size(state.theta[0], gradient, cap=limits.cap, rtol=limits.rtol, atol=limits.atol)
+    step_size = min(step_size, state.step_size)
+    proposed = limits.cap if step_size >= (1 - adams.HAIR) * limits.cap else step_size
+    restless = AdamsState(
+        state.t, state.theta[0], (state.t,), gradient.clone()[None], 1, proposed, step_size, 0, True, jump
+    )  # fmt: skip
+    return _restless(state, restless), "changed"
+
+
+def _go_on_restless(
+    state: SecantState, restless: AdamsState, gradient: Tensor, limits: Limits
+) -> tuple[SecantState, Verdict]:
+    """A step while L changes; at rest, the flow begins anew."""
+    cap, rtol, atol = limits.cap, limits.rtol, limits.atol
+    restless, verdict = adams.advance(restless, gradient, cap=cap, rtol=rtol, atol=atol)
+    if restless.restless:
+        return _restless(state, restless), verdict
+    at_rest = begin(
+        restless.t, restless.theta, restless.gradients[0], cap=cap, rtol=rtol, atol=atol, step_size=restless.step_size,
+        secant=_forgotten(state.secant),
+    )  # fmt: skip
+    return at_rest, verdict
+
+
+def _restless(state: SecantState, restless: AdamsState) -> SecantState:
+    return replace(
+        state,
+        times=(restless.t,),
+        theta=restless.theta[None],
+        gradient=restless.gradients[0],
+        degree=0,
+        control=OrderControl(),
+        step_size=restless.step_size,
+        at=restless.theta,
+        found=restless.gradients[0],
+        secant=_forgotten(state.secant),
+        delta=torch.zeros_like(restless.theta),
+        pairs=Pairs.none(restless.theta),
+        n_iterations=0,
+        smallest=math.inf,
+        accuracy=0.0,
+        asked=False,
+        probe=None,
+        restless=restless,
+    )
+
+
+def _forgotten(secant: Secant) -> Secant:
+    """Nothing, in the same form."""
+    rows = secant.rows()
+    like = rows.new_empty(rows.shape[1])
+    return LowRank.nothing(like, secant.capacity) if secant.capacity else Dense.nothing(like)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A state as rows of length P and numbers, which fit into any optimizer's state and any checkpoint.
+
+    Attributes:
+        times: As in the state.
+        rows: Shape ``(n, P)``.
+        numbers: Of any type that a float holds exactly.
+    """
+
+    times: tuple[float, ...]
+    rows: Tensor
+    numbers: tuple[float, ...]
+
+
+def pack(state: SecantState) -> Packed:
+    """Everything in the state, at whichever of its calls."""
+    secant, restless, pairs = state.secant, state.restless, state.pairs
+    known = secant.rows()
+    vectors = [state.gradient, state.at, state.found, state.delta]
+    vectors += [] if state.probe is None else [state.probe]
+    gradients = state.theta.new_zeros(0, state.theta.shape[1]) if restless is None else restless.gradients
+    numbers = [
+        state.degree, state.clock.origin, state.clock.unit, state.control.order, state.control.n_steps,
+        state.control.n_rejected, state.step_size, state.step.h, state.step.t, state.n_iterations, state.smallest,
+        state.accuracy, state.asked, state.probe is not None, len(known), secant.capacity,
+        len(pairs), *pairs.q.tolist(), len(gradients),
+    ]  # fmt: skip
+    if restless is not None:
+        own = (restless.order, restless.proposed, restless.step_size, restless.n_rejected, restless.restless, restless.jump)
+        numbers += [*own, *restless.times]
+    rows = torch.cat([state.theta, torch.stack(vectors), known, pairs.s, pairs.z, gradients])
+    return Packed(state.times, rows, tuple(float(x) for x in numbers))
+
+
+def unpack(packed: Packed, *, rtol: float, atol: float) -> SecantState:
+    """The state, bit for bit, as long as the tolerances are the same."""
+    rest = list(packed.numbers)
+
+    def take(n: int = 1) -> list[float]:
+        taken, rest[:] = rest[:n], rest[n:]
+        return taken
+
+    (degree, origin, unit, order, n_steps, n_rejected, step_size, h, t) = take(9)
+    n_iterations, smallest, accuracy, asked, probed, n_known, capacity, n_pairs = take(8)
+    q = take(int(n_pairs))
+    (n_gradients,) = take()
+    sizes = [len(packed.times), 4 + int(probed), int(n_known), int(n_pairs), int(n_pairs), int(n_gradients)]
+    theta, vectors, known, s, z, gradients = (part.contiguous() for part in packed.rows[: sum(sizes)].split(sizes))
+    gradient, at, found, delta, *probe = vectors
+    restless = None
+    if n_gradients:
+        own_order, proposed, own_step_size, own_rejected, is_restless, jump = take(6)
+        times = tuple(take(int(n_gradients)))
+        restless = AdamsState(
+            times[0], theta[0], times, gradients, int(own_order), proposed, own_step_size, int(own_rejected),
+            bool(is_restless), jump,
+        )  # fmt: skip
+    state = SecantState(
+        times=packed.times,
+        theta=theta,
+        gradient=gradient,
+        degree=int(degree),
+        clock=Clock(origin, unit),
+        control=OrderControl(int(order), int(n_steps), int(n_rejected)),
+        step_size=step_size,
+        secant=LowRank.of(known, int(capacity)) if capacity else Dense(known),
+        at=at,
+        found=found,
+        step=Step(h, t, 1, 0.0, (0.0, 0.0, 0.0), theta[:1], None),
+        delta=delta,
+        pairs=Pairs(s, z, theta.new_tensor(q)),
+        n_iterations=int(n_iterations),
+        smallest=smallest,
+        accuracy=accuracy,
+        asked=bool(asked),
+        probe=probe[0] if probe else None,
+        restless=restless,
+    )
+    return replace(state, step=_step(state, h, Limits(math.inf, rtol, atol, t, True)))
+
+
+class BdfSecant(FlowMethod):
+    """Backward differentiation with a secant approximation of the Hessian.
+
+    Args:
+        dense_limit: Up to so many parameters that is a matrix.
+        rank: How many eigenpairs are kept of it beyond.
+    """
+
+    name = "bdf-secant"
+    order = MAX_ORDER
+    needs: Derivative = "gradient"
+    n_knots = 0
+    n_points = MAX_POINTS
+
+    def __init__(self, dense_limit: int = DENSE_LIMIT, rank: int = RANK) -> None:
+        self._dense_limit, self._rank = dense_limit, rank
+
+    def run(self, objective: Objective, start: Knot, span: Span, visit: Visit, memory: Memory | None = None) -> RunEnd:
+        """See ``FlowMethod``."""
+        state = self._begun(start, span, memory)
+        limit = n_evaluations(objective.counts) + span.max_evals
+        knot, step_size, interpolant = start, state.step_size, None
+        n_accepted = n_rejected = 0
+        finite = True
+        status: RunStatus | None = "t_end" if span.t_end <= start.t else None
+        while status is None:
+            if n_evaluations(objective.counts) >= limit:
+                status = "max_evals"
+            elif state.t + state.step_size == state.t or state.step_size <= CLOCK * abs(state.t):
+                status = "underflow" if finite else "not finite"
+            else:
+                point = state.proposal()
+                loss, gradient = objective.loss_and_gradient(point)
+                state, verdict = advance(
+                    state, gradient, cap=span.max_step, rtol=span.rtol, atol=span.atol, t_end=span.t_end, watch=False
+                )
+                if verdict == "rejected":
+                    n_rejected += 1
+                    finite = bool(torch.isfinite(gradient).all())
+                elif verdict == "accepted":
+                    n_accepted += 1
+                    theta = state.theta[0]
+                    loss = loss + 0.5 * (gradient + state.gradient) @ (theta - point)
+                    knot, step_size, interpolant = Knot(state.t, theta, loss, state.gradient), state.step_size, _path(state)
+                    if state.t >= span.t_end:
+                        status = "t_end"
+                    elif visit(Arrival(knot, step_size, interpolant, True, self.name, _remembering(state))):
+                        status = "visit"
+        memory = _memory(state) if state.t == knot.t and (n_accepted or memory is not None) else None
+        approximate = n_accepted > 0
+        return RunEnd(
+            status, knot, state.step_size, n_accepted, n_rejected, approximate, memory, interpolant=interpolant
+        )  # fmt: skip
+
+    def _begun(self, start: Knot, span: Span, memory: Memory | None) -> SecantState:
+        limits = Limits(span.max_step, span.rtol, span.atol, span.t_end, False)
+        if memory is not None and memory.curvature is not None and memory.clock is not None and memory.times[0] == start.t:
+            rows = torch.cat([memory.theta, memory.curvature])
+            state = unpack(Packed(memory.times, rows, memory.numbers), rtol=span.rtol, atol=span.atol)
+            return _proposed(replace(state, step_size=span.step_size or state.step_size), limits)
+        return begin(
+            start.t, start.theta, start.gradient, cap=span.max_step, rtol=span.rtol, atol=span.atol,
+            step_size=span.step_size, t_end=span.t_end, watch=False,
+            secant=nothing(start.theta, self._dense_limit, self._rank),
+        )  # fmt: skip
+
+
+def _path(state: SecantState) -> Interpolant:
+    times, theta, clock = state.times[: state.degree + 1], state.theta, state.clock
+    return lambda t: polynomial(t, times, theta, clock)
+
+
+def _remembering(state: SecantState) -> Callable[[], Memory]:
+    return lambda: _memory(state)
+
+
+def _memory(state: SecantState) -> Memory:
+    """What the next run needs; iterations inside a step that is not accepted are begun anew there."""
+    packed = pack(replace(state, pairs=Pairs.none(state.at), secant=state.secant.learned(state.pairs, state.step.a)))
+    n = len(state.times)
+    return Memory(state.times, packed.rows[:n], state.degree, packed.rows[n:], packed.numbers, state.clock)
