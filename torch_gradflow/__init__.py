@@ -1,5 +1,7 @@
 """The gradient flow of neural networks, followed accurately from PyTorch training loops."""
 
+from torch_gradflow.flow.comparison import TrajectoryDistance, trajectory_distance
+from torch_gradflow.flow.ensemble import Ensemble, EnsembleReport, integrate_many
 from torch_gradflow.flow.integrate import integrate
 from torch_gradflow.flow.solution import FlowReport, FlowSolution
 from torch_gradflow.flow.stopping import Evaluations, FlowTime, GradientNorm, LossPlateau, LossValue, WallTime
@@ -20,6 +22,8 @@ __all__ = [
     "ClosureError",
     "CriticalPoint",
     "DerivativeError",
+    "Ensemble",
+    "EnsembleReport",
     "Evaluations",
     "FlowReport",
     "FlowSolution",
@@ -38,6 +42,7 @@ __all__ = [
     "Perceptron",
     "PerceptronObjective",
     "Samples",
+    "TrajectoryDistance",
     "WallTime",
     "certify",
     "gradient",
@@ -45,6 +50,8 @@ __all__ = [
     "hessian_spectrum",
     "hvp",
     "integrate",
+    "integrate_many",
     "minimize",
     "register_activation",
+    "trajectory_distance",
 ]

@@ -112,18 +112,18 @@ class PlainAlgebra:
 
     def finish(
         self, delta: Tensor, gradient: Tensor, a: float, order: int, theta: Tensor, rows: Tensor
-    ) -> tuple[tuple[float, float, float], float, Tensor, Tensor]:
+    ) -> tuple[tuple[float, float, float], float, Tensor, Tensor, Tensor]:
         """What follows from δ and the gradient at the predicted point.
 
         The sizes of θ − p_j for j = k − 1, k, k + 1 in units of the tolerance; by how much the loss differs from that at
-        the predicted point; the new history; the new gradient.
+        the predicted point; the new history; its first row, θ; the gradient there.
         """
         new = rows[0] + delta
         slope = -(rows[1] + a * delta)
         apart = (new - rows[[2, 0, 3]]) / rows[4]
         low, own, high = apart.square_().mean(1).sqrt_().tolist()
         change = 0.5 * float((gradient + slope) @ delta)
-        return (low, own, high), change, torch.cat([new[None], theta[: MAX_POINTS - 1]]), slope
+        return (low, own, high), change, torch.cat([new[None], theta[: MAX_POINTS - 1]]), new, slope
 
 
 class CompiledAlgebra:
@@ -264,6 +264,8 @@ class _March:
             self._control = OrderControl()
             self._clock = Clock(start.t, UNIT * self._h)
 
+        self._taus = [self._clock.of(t) for t in self.times]
+
     def stuck(self) -> bool:
         """Whether the step size is below what moves the clock."""
         t = self.times[0]
@@ -283,17 +285,18 @@ class _March:
             tolerated = weights(self._span.rtol, self._span.atol, current, predicted)
             rows = torch.stack([predicted, slope, predicted, predicted, tolerated])
         else:
-            taus = [clock.of(s) for s in self.times]
+            taus = self._taus
             tau = clock.of(t_new) - taus[0]
             speed = clock.rate(t_new) / tau
             alpha, constants, rows = self._algebra.predict(
                 taus, tau, order, speed, self._theta, self._span.rtol, self._span.atol
             )
             a = alpha * speed
-        found = self._corrector.solve(rows[0], rows[1], a, rows[4])
+        predicted, slope, _, _, tolerated = rows.unbind()
+        found = self._corrector.solve(predicted, slope, a, tolerated)
         if found is None:
             return self._reject(math.inf, h, self.error)
-        norms, change, theta, gradient = self._algebra.finish(found.delta, found.gradient, a, order, self._theta, rows)
+        norms, change, theta, new, gradient = self._algebra.finish(found.delta, found.gradient, a, order, self._theta, rows)
         low, own, high = (norm * c for norm, c in zip(norms, constants, strict=True))
         loss = found.loss + change
         if not own <= 1 or not math.isfinite(float(loss)):
@@ -302,12 +305,13 @@ class _March:
         control = OrderControl(order, self._control.n_steps, self._control.n_rejected)
         lower, higher = low if constants[0] else None, high if constants[2] else None
         factor, self._control = control.accepted(own, lower, higher, len(self.times) == 1)
-        self._knot, self._approximate = Knot(t_new, theta[0], loss, gradient), True
+        self._knot, self._approximate = Knot(t_new, new, loss, gradient), True
         self.times, self._theta = (t_new, *self.times[: MAX_POINTS - 1]), theta
         self._degree = min(order + 1, len(self.times) - 1)
         self.error = own
         self.n_accepted += 1
-        longer = clock.after(t_new, factor * (clock.of(t_new) - clock.of(t)))
+        self._taus = [clock.of(t_new), *self._taus[: MAX_POINTS - 1]]
+        longer = clock.after(t_new, factor * (self._taus[0] - self._taus[1]))
         # A step that was cut to end somewhere says nothing against the step size that was wanted.
         self._h = max(self._h, longer) if h < self._h else longer
         return True
@@ -319,7 +323,7 @@ class _March:
         factor, self._control = self._control.rejected(error)
         if self._control.n_rejected >= 3 and len(self.times) > 2:
             # The past says nothing any more.
-            self.times, self._theta = self.times[:2], self._theta[:2]
+            self.times, self._theta, self._taus = self.times[:2], self._theta[:2], self._taus[:2]
         self._h = h * factor
         return False
 

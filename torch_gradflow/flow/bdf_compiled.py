@@ -131,14 +131,13 @@ def predict(
 
 def finish(
     delta: Tensor, gradient: Tensor, a: float, order: int, theta: Tensor, out: Tensor
-) -> tuple[tuple[float, float, float], float, Tensor, Tensor]:
-    """Error norms at the orders below, own and above; by how much the loss changes; the new history; the new gradient."""
+) -> tuple[tuple[float, float, float], float, Tensor, Tensor, Tensor]:
+    """Error norms at the orders below, own and above; by how much the loss changes; the new history; θ; the gradient there."""
     kept = min(theta.shape[0] + 1, _N)
     after = np.empty((kept + 1, theta.shape[1]))
-    *norms, change = _finish(delta.numpy(), gradient.numpy(), a, order, theta.numpy(), out.numpy(), after)
-    result = torch.from_numpy(after)
-    low, own, high = norms
-    return (low, own, high), change, result[:kept], result[kept]
+    low, own, high, change = _finish(delta.numpy(), gradient.numpy(), a, order, theta.numpy(), out.numpy(), after)
+    rows = torch.from_numpy(after[:kept]), torch.from_numpy(after[0]), torch.from_numpy(after[kept])
+    return (low, own, high), change, *rows
 
 
 def solve(hessian: Tensor, a: float, gradient: Tensor, slope: Tensor) -> Tensor | None:

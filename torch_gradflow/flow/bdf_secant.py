@@ -50,10 +50,11 @@ from torch_gradflow.objectives.base import Objective
 # "refined": the iteration inside the step goes on.
 Verdict = Literal["accepted", "rejected", "confirmed", "changed", "refined"]
 
-# Up to so many parameters B is a matrix, of 8 MB; its factorisation takes 20 ms then, once per step.
-DENSE_LIMIT = 1000
-# Else so many eigenpairs are kept at most, and so many numbers.
-RANK, RANK_NUMBERS = 100, 2**24
+# Up to so many parameters B is a matrix; its factorisation, once per step, takes as long as what goes on besides.
+DENSE_LIMIT = 250
+# Else so many eigenpairs are kept at most, and so many numbers. With 40 of 151 or of 601 the gradients are as many as with
+# the whole matrix, with 20 of 151 a third more.
+RANK, RANK_NUMBERS = 64, 2**24
 # An iteration ends when its last change is below this fraction of the tolerance. Between 0.1 and 0.2 the gradients that it
 # takes to a given accuracy are the same within 2 %; at 0.3 the steps become shorter, errors grow and orders fall.
 SETTLED = 0.2
@@ -335,7 +336,10 @@ def _look(state: SecantState, probe: Tensor, gradient: Tensor, limits: Limits) -
         return _rejected(replace(state, probe=None), math.inf, limits), "rejected"
     state = _corrected(replace(state, probe=None), probe / length, curvature)
     if curvature + state.step.a > 0:
-        return _proposed(state, limits), "refined"
+        again = _proposed(state, limits)
+        if again.probe is not None and state.n_iterations >= MANY:
+            return _proposed(replace(state, secant=_forgotten(state.secant)), limits), "refined"
+        return replace(again, n_iterations=0 if again.probe is None else state.n_iterations + 1), "refined"
     # As long as it is: growth must be followed, not damped.
     shorter = state.step.h * max(0.1, 0.5 * state.step.a / -curvature)
     control = replace(state.control, n_steps=0)
@@ -346,7 +350,7 @@ def _arrived(state: SecantState, delta: Tensor, limits: Limits) -> tuple[SecantS
     """The equation is solved: judge the step by its error."""
     step = state.step
     algebra = algebra_for(delta.device, delta.dtype, len(delta))
-    norms, _, theta, gradient = algebra.finish(delta, state.found, step.a, step.order, state.theta, step.rows)
+    norms, _, theta, _, gradient = algebra.finish(delta, state.found, step.a, step.order, state.theta, step.rows)
     low, own, high = (size * constant for size, constant in zip(norms, step.constants, strict=True))
     if not own <= 1:
         return _rejected(state, own if math.isfinite(own) else math.inf, limits), "rejected"

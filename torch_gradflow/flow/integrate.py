@@ -457,7 +457,7 @@ class FlowRun:
         return self._grad_norm(self.last.gradient)
 
     def _grad_norm(self, gradient: Tensor) -> float:
-        return float((gradient if self._scale is None else gradient / self._scale).abs().max())
+        return float(torch.linalg.vector_norm(gradient if self._scale is None else gradient / self._scale, math.inf))
 
     def _to_theta(self, point: Tensor) -> Tensor:
         return point if self._scale is None else point * self._scale

@@ -237,7 +237,10 @@ class LowRank(Secant):
         small = (parts * signs[:, None]).T @ parts
         small.diagonal()[: len(self.values)] += self.values
         values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
-        kept = values.abs().argsort(descending=True)[: min(self.capacity, self.vectors.shape[1])]
+        sizes, order = values.abs().sort(descending=True)
+        # Rows that lie within the span leave a basis of rounding errors, with eigenvalues alike.
+        n_known = int((sizes > 10 * torch.finfo(sizes.dtype).eps * sizes[0]).sum())
+        kept = order[: min(self.capacity, self.vectors.shape[1], n_known)]
         rotation = vectors[:, kept].T
         n = len(self.values)
         return LowRank(rotation[:, :n] @ self.vectors + rotation[:, n:] @ basis.T, values[kept], self.capacity)
