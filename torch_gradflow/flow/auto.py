@@ -34,17 +34,32 @@ from torch_gradflow.objectives.base import EvaluationCounts, Objective
 _T = TypeVar("_T")
 
 # The method of the first steps: it needs nothing but gradients, and pieces that are shorter see no other.
-FIRST, FIRST_STEPS = "dopri5", 20
+FIRST, FIRST_STEPS = "dopri5", 12
+# Methods whose steps the largest curvature limits, not accuracy.
+STABILITY_LIMITED = ("dopri5", "rkc2")
 # Exponential steps take an eigendecomposition each: beyond so many parameters it outweighs what they save.
 EXPONENTIAL_LIMIT = 400
 # Accepted steps of a trial, and how many of them are left out of its judgement while a method finds its order and step.
-TRIAL, WARM_UP = {True: 12, False: 5}, {True: 6, False: 2}
+TRIAL, WARM_UP = {True: 18, False: 5}, {True: 12, False: 2}
 # A method takes over if it pays less than this fraction of what the one in charge pays.
 TAKE_OVER = 0.9
+# Backward differentiation takes over if it pays less than this: its trial begins on foreign points, and it gets better. And
+# exponential steps, where the gradient does not grow, only below this: what they gain in curved valleys does not last.
+LENIENT, STRICT = 1.3, 0.6
+# Where stability is soon to limit the steps of the one in charge, backward differentiation may even pay so much more.
+BEFORE_STIFFNESS = 2.0
+# The gradient grows (negative curvature along the flow: a saddle is being left) if it did so in most of the last five steps.
+GROWING, FORGETTING = 2.8, 0.8
 # A method that lost is tried again after this many times what a trial costs; twice as many each time it loses.
 FIRST_WAIT, MAX_WAIT = 12.0, 400.0
 # A trial ends early where it pays this many times as much.
 HOPELESS = 4.0
+# Backward differentiation is in trouble when so many of its last (about fifteen) steps took a rejection.
+TROUBLE, REMEMBERED = 2.5, 0.93
+# Calls that take so many seconds are timed once.
+SLOW = 0.02
+# Seconds per gradient, and per gradient and squared number of parameters, that "bdf-secant" spends on its own arithmetic.
+SECANT_CALL, SECANT_ENTRY = 1.5e-4, 7e-9
 # How much the latest step counts in what is paid.
 LATEST = 0.2
 
@@ -69,7 +84,7 @@ class Costs:
 
     @classmethod
     def measure(cls, objective: Objective, theta: Tensor) -> Costs:
-        """The second of two calls each, so that compilation does not count.
+        """Each called at least twice, so that compilation does not count.
 
         A Hessian only up to ``DENSE_LIMIT``, and second derivatives only where there are any.
         """
@@ -99,19 +114,21 @@ class Costs:
         return self.cholesky if method == "bdf" else self.eigh
 
 
-def best_differentiation(costs: Costs, known: Sequence[str]) -> tuple[str, str]:
+def best_differentiation(costs: Costs, n_parameters: int, known: Sequence[str]) -> tuple[str, str]:
     """The way in which backward differentiation is cheapest per step, and why.
 
     Their steps are the same. Per step, "bdf" takes one Hessian and its factorisation, "bdf-cg" a gradient, about 3.5 products
     and every twelfth time a Hessian and its eigendecomposition (about 25 products and no Hessian beyond ``DENSE_LIMIT``), and
-    "bdf-secant" about 5 gradients, as measured on networks of 33 to 601 parameters.
+    "bdf-secant" about 5 gradients and some arithmetic of its own, as measured on networks of 33 to 601 parameters.
 
     Args:
         costs: What was measured.
+        n_parameters: P.
         known: The methods that may serve.
     """
     dense = not math.isnan(costs.hessian)
-    per_step = {"bdf-secant": 5 * costs.gradient}
+    arithmetic = SECANT_CALL + SECANT_ENTRY * min(n_parameters, DENSE_LIMIT) * n_parameters
+    per_step = {"bdf-secant": 5 * (costs.gradient + arithmetic)}
     if not math.isnan(costs.hvp):
         products = 3.5 * costs.hvp + (costs.hessian + costs.eigh) / 12 if dense else 25 * costs.hvp
         per_step["bdf-cg"] = costs.gradient + products
@@ -134,6 +151,8 @@ class _Entrant:
         paid: What its latest steps took, an exponential average.
         gained: The logarithmic time that they gained, in the same average.
         step_size: What its controller wanted next.
+        seen: When that was, in flow time; 0.0 if never.
+        memory: What it left when it served last.
     """
 
     method: FlowMethod
@@ -142,6 +161,8 @@ class _Entrant:
     paid: float = 0.0
     gained: float = 0.0
     step_size: float = 0.0
+    seen: float = 0.0
+    memory: Memory | None = None
 
     @property
     def rate(self) -> float:
@@ -154,8 +175,8 @@ class _Entrant:
         self.paid, self.gained = keep * self.paid + paid, keep * self.gained + gained
 
     def numbers(self) -> tuple[float, ...]:
-        """All but the method."""
-        return self.wait, self.since, self.paid, self.gained, self.step_size
+        """All but the method and its memory."""
+        return self.wait, self.since, self.paid, self.gained, self.step_size, self.seen
 
 
 class Auto(FlowMethod):
@@ -209,14 +230,13 @@ class _Race:
         self._costs: Costs | None = None
         self._charge = self._current = FIRST
         self._n_trial = self._n_steps = 0
-        self._memory: Memory | None = None
-        self._left_by = FIRST
         self._times: tuple[float, ...] = (start.t,)
         self._theta = start.theta[None]
         self._origin, self._unit = start.t, 0.0
         # Methods that could not go on hereabouts.
         self._failed: set[str] = set()
         self._failed_at = -math.inf
+        self._trouble = self._growth = self._size = 0.0
         self._n_accepted = self._n_rejected = 0
         self._stop = False
         reason = "explicit steps at the start"
@@ -233,7 +253,7 @@ class _Race:
             self._n_rejected += end.n_rejected
             self._knot, self._approximate = end.knot, end.approximate
             if end.status == "t_end":
-                self._memory, self._left_by = end.memory, self._current
+                self._entrants[self._current].memory = end.memory
                 self._note(end.knot)
             elif end.status != "visit" and not self._recovers(end):
                 return self._end(end)
@@ -251,19 +271,21 @@ class _Race:
             charge = self._entrants[self._charge]
             allowed = HOPELESS * max(charge.paid, charge.rate * entrant.gained) + 20 * self._costs.gradient
             evaluations = min(evaluations, max(20.0, allowed / self._costs.gradient))
-        # A step that was the right one long ago, or for others, is corrected by a rejection or two.
         step_size = entrant.step_size or self._entrants[self._charge].step_size or None
+        if step_size is not None and entrant.seen and self._log(self._times[0]) > 0 and self._current not in STABILITY_LIMITED:
+            # Where accuracy limits steps, they grow with the flow's own time while others serve.
+            step_size *= (self._times[0] - self._origin + self._unit) / (entrant.seen - self._origin + self._unit)
         span = replace(self._span, step_size=step_size, max_evals=evaluations)
 
         def visit(arrival: Arrival) -> bool:
             self._note(arrival.knot)
-            entrant.step_size = arrival.step_size
-            self._memory, self._left_by = arrival.remember(), bout
+            entrant.step_size, entrant.seen = arrival.step_size, arrival.knot.t
+            entrant.memory = arrival.remember()
             self._decide()
             self._stop = self._visit(replace(arrival, remember=self._remember))
             return self._stop or self._current != bout or (on_trial and not self._n_trial)
 
-        return entrant.method.run(self._objective, self._knot, span, visit, self._memory_for(entrant.method))
+        return entrant.method.run(self._objective, self._knot, span, visit, self._memory_for(self._current))
 
     def _note(self, knot: Knot) -> None:
         """An accepted point, and what it took."""
@@ -273,6 +295,9 @@ class _Race:
         self._times = (knot.t, *self._times[: MAX_POINTS - 1])
         self._theta = torch.cat([knot.theta[None], self._theta[: MAX_POINTS - 1]])
         self._n_steps += 1
+        self._note_growth(knot.gradient)
+        in_trouble = self._current == "bdf" and self._objective.counts.n_hessian - self._counts.n_hessian > 1
+        self._trouble = REMEMBERED * self._trouble + in_trouble
         paid = self._spent()
         entrant = self._entrants[self._current]
         if not self._n_trial or self._n_trial > WARM_UP[entrant.method.n_points > 1]:
@@ -302,14 +327,41 @@ class _Race:
             self._n_trial += 1
             if self._n_trial <= TRIAL[entrant.method.n_points > 1]:
                 return
-            if entrant.rate < TAKE_OVER * charge.rate:
+            if entrant.rate < self._threshold() * charge.rate:
                 self._win()
             else:
                 self._lose(f"{self._current} pays {entrant.rate / charge.rate:.2f} times as much")
             return
+        if self._trouble > TROUBLE:
+            # Unstable modes, or a loss that is not smooth: others may do better.
+            self._trouble = 0.0
+            for name, other in self._entrants.items():
+                if name in ("exprb53", "rkc2") and math.isfinite(other.wait) and other.since >= 0.2 * self._first_wait():
+                    other.wait = min(other.wait, other.since)
         due = [name for name, other in self._entrants.items() if name != self._charge and other.since >= other.wait]
         if due:
             self._try(max(due, key=lambda name: self._entrants[name].since / max(self._entrants[name].wait, 1e-300)))
+
+    def _threshold(self) -> float:
+        """At which fraction of what is paid now the method on trial takes over."""
+        growing = self._growth > GROWING
+        if self._entrants[self._current].method.n_points > 1:
+            if self._charge in STABILITY_LIMITED:
+                return BEFORE_STIFFNESS
+            return TAKE_OVER if growing and self._charge == "exprb53" else LENIENT
+        return STRICT if self._current == "exprb53" and not growing else TAKE_OVER
+
+    def _note_growth(self, gradient: Tensor) -> None:
+        """Whether the gradient grows; where that begins, exponential steps are tried, where it ends, the others are."""
+        size, before = float(torch.linalg.vector_norm(gradient)), self._growth
+        self._growth = FORGETTING * self._growth + (size > self._size > 0)
+        self._size = size
+        if (before > GROWING) == (self._growth > GROWING):
+            return
+        for name, other in self._entrants.items():
+            fits = name == "exprb53" if before <= GROWING else other.method.n_points > 1
+            if fits and math.isfinite(other.wait) and other.since >= 0.2 * self._first_wait():
+                other.wait = min(other.wait, other.since)
 
     def _open(self) -> None:
         """The first steps are done: measure, and let others try."""
@@ -321,14 +373,16 @@ class _Race:
         span = self._times[: min(len(self._times), 6)]
         first.paid = 6.0 * (len(span) - 1) * self._costs.gradient
         first.gained = self._log(span[0]) - self._log(span[-1])
-        best, why = best_differentiation(self._costs, tuple(self._entrants))
+        best, why = best_differentiation(self._costs, self._objective.n_parameters, tuple(self._entrants))
         self._choices.append(Choice(self._times[0], self._charge, f"measured; {why}; others are tried"))
         small = self._objective.n_parameters <= EXPONENTIAL_LIMIT and not math.isnan(self._costs.hessian)
-        entrants = [other for other in (best, "exprb53" if small else "", "rkc2") if other in self._entrants]
-        for other in entrants:
-            self._entrants[other].wait = 0.0
-        if self._n_steps >= FIRST_STEPS and entrants:
-            self._try(entrants[0])
+        others = [other for other in ("exprb53" if small else "", "rkc2") if other in self._entrants]
+        for other in others:
+            self._entrants[other].wait = 2 * self._first_wait() if best else 0.0
+        if best:
+            self._entrants[best].wait = 0.0
+        if self._n_steps >= FIRST_STEPS and (best or others):
+            self._try(best or others[0])
 
     def _try(self, name: str) -> None:
         self._current, self._n_trial = name, 1
@@ -349,7 +403,9 @@ class _Race:
         entrant = self._entrants[self._current]
         ratio = entrant.rate / max(self._entrants[self._charge].rate, 1e-300)
         growth = min(64.0, max(2.0, ratio))
-        entrant.wait = min(max(growth * entrant.wait, self._first_wait() * growth / 2), MAX_WAIT * self._first_wait())
+        if entrant.method.n_points > 1 and self._charge in STABILITY_LIMITED:
+            growth = 0.5
+        entrant.wait = min(growth * max(entrant.wait, self._first_wait() / 2), MAX_WAIT * self._first_wait())
         entrant.since = 0.0
         self._current, self._n_trial = self._charge, 0
 
@@ -381,41 +437,72 @@ class _Race:
         self._entrants[left[0]].step_size = 0.0
         return True
 
-    def _memory_for(self, method: FlowMethod) -> Memory | None:
-        """What the method left where it ended just here; or the accepted points, as backward differentiation wants them."""
-        own = self._memory
-        if own is not None and self._left_by == method.name and own.times[0] == self._times[0]:
-            return own
-        if method.n_points < 2 or len(self._times) < 2:
+    def _memory_for(self, name: str) -> Memory | None:
+        """What the method left, as if it had come to the present points itself."""
+        entrant = self._entrants[name]
+        if entrant.memory is not None and entrant.memory.times[0] == self._times[0]:
+            return entrant.memory
+        if len(self._times) < 2:
             return None
-        if own is not None and own.clock is not None and own.times[0] == self._times[0]:
-            return replace(own, curvature=None, numbers=own.numbers[:3])
-        degree = min(4, len(self._times) - 1)
-        return Memory(self._times, self._theta, degree, None, (float(degree), 0.0, 0.0), Clock(self._origin, self._unit))
+        return entrant.method.moved(entrant.memory, self._times, self._theta, self._knot.gradient, self._clock())
+
+    def _clock(self) -> Clock:
+        """That of the last method that had one, so that steps stay what they were."""
+        clocks = [e.memory.clock for e in (self._entrants[self._charge], *self._entrants.values()) if e.memory is not None]
+        return next((clock for clock in clocks if clock is not None), Clock(self._origin, self._unit))
 
     def _remember(self) -> Memory:
-        """All of it, for a later race; ``_recall`` is the inverse."""
-        own = self._memory
+        """All of it, for a later race; ``_recall`` is the inverse. Of memories those of two methods are kept."""
         names = list(self._entrants)
         costs = (0.0,) * 6 if self._costs is None else (1.0, *astuple(self._costs))
-        numbers = [float(names.index(name)) for name in (self._charge, self._current, self._left_by or self._current)]
+        numbers = [float(names.index(name)) for name in (self._charge, self._current)]
         numbers += [float(self._n_trial), float(self._n_steps), self._origin, self._unit, *costs]
         numbers += [number for entrant in self._entrants.values() for number in entrant.numbers()]
-        if own is None:
-            return Memory(self._times, self._theta, 0, None, tuple(numbers))
-        points = (own.times, own.theta) if own.clock is not None else (self._times, self._theta)
-        return Memory(*points, own.degree, own.curvature, (*numbers, *own.numbers), own.clock)
+        kept = [name for name in dict.fromkeys((self._current, self._charge)) if self._entrants[name].memory is not None]
+        numbers.append(float(len(kept)))
+        curvatures = []
+        points = self._times, self._theta
+        degree, clock = 0, None
+        for name in kept:
+            memory = self._entrants[name].memory
+            assert memory is not None
+            here = memory.times[0] == self._times[0]
+            if here and memory.clock is not None:
+                points, degree, clock = (memory.times, memory.theta), memory.degree, memory.clock
+            own = (0.0, 0.0) if memory.clock is None else (memory.clock.origin, memory.clock.unit)
+            n_rows = 0 if memory.curvature is None else memory.curvature.shape[0]
+            sizes = (names.index(name), here, len(memory.times), memory.degree, n_rows, len(memory.numbers))
+            numbers += [float(x) for x in (*sizes, *own, *memory.times, *memory.numbers)]
+            if memory.curvature is not None:
+                curvatures.append(memory.curvature)
+        return Memory(*points, degree, torch.cat(curvatures) if curvatures else None, tuple(numbers), clock)
 
     def _recall(self, memory: Memory) -> None:
         names, numbers = list(self._entrants), list(memory.numbers)
-        self._charge, self._current, self._left_by = (names[int(numbers.pop(0))] for _ in range(3))
-        n_trial, n_steps, self._origin, self._unit, measured, *costs = (numbers.pop(0) for _ in range(10))
+
+        def take(n: int) -> list[float]:
+            taken, numbers[:] = numbers[:n], numbers[n:]
+            return taken
+
+        self._charge, self._current = (names[int(i)] for i in take(2))
+        n_trial, n_steps, self._origin, self._unit, measured, *costs = take(10)
         self._n_trial, self._n_steps = int(n_trial), int(n_steps)
         self._costs = Costs(*costs) if measured else None
         for entrant in self._entrants.values():
-            entrant.wait, entrant.since, entrant.paid, entrant.gained, entrant.step_size = (numbers.pop(0) for _ in range(5))
+            entrant.wait, entrant.since, entrant.paid, entrant.gained, entrant.step_size, entrant.seen = take(6)
         self._times, self._theta = memory.times, memory.theta
-        self._memory = replace(memory, numbers=tuple(numbers)) if numbers else None
+        rows = 0
+        for _ in range(int(take(1)[0])):
+            index, here, n_times, degree, n_rows, n_numbers, origin, unit = take(8)
+            times, own = tuple(take(int(n_times))), tuple(take(int(n_numbers)))
+            curvature = None
+            if n_rows and memory.curvature is not None:
+                curvature = memory.curvature[rows : rows + int(n_rows)]
+            rows += int(n_rows)
+            # Of a method that served before, only what it knew of the Hessian is wanted, not its points.
+            theta = self._theta[: len(times)] if here else self._theta.new_zeros(len(times), self._theta.shape[1])
+            clock = Clock(origin, unit) if unit else None
+            self._entrants[names[int(index)]].memory = Memory(times, theta, int(degree), curvature, own, clock)
 
     def _end(self, end: RunEnd) -> RunEnd:
         memory = None if self._times[0] != end.knot.t else self._remember()
@@ -424,9 +511,15 @@ class _Race:
 
 
 def _seconds(call: Callable[[], _T]) -> tuple[float, _T]:
-    call()
-    began = time.perf_counter()
+    """The least time of three calls after a first one; of one where that takes long."""
     result = call()
-    if isinstance(result, tuple) and isinstance(result[0], Tensor):
-        float(result[0].flatten()[0])  # waits for a device
-    return time.perf_counter() - began, result
+    best = math.inf
+    for _ in range(3):
+        began = time.perf_counter()
+        result = call()
+        if isinstance(result, tuple) and isinstance(result[0], Tensor):
+            float(result[0].flatten()[0])  # waits for a device
+        best = min(best, time.perf_counter() - began)
+        if best > SLOW:
+            break
+    return best, result

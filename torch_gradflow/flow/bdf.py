@@ -40,6 +40,8 @@ from torch_gradflow.objectives.base import Objective
 
 # The unit of logarithmic time, in first steps (between 100 and 10,000 the work on T33 differs by 3 %).
 UNIT = 1000.0
+# The order to begin with on points that another method took.
+MOVED_ORDER = 4
 # Beyond so many parameters the calls of tensor operations no longer count.
 COMPILED_LIMIT = 2000
 # Above this relative tolerance a second gradient verifies the linearisation: at 1e-5 it made errors at t = 1e7 four times
@@ -166,8 +168,11 @@ class Direct(Corrector):
         if self._compiled is not None and not self._verify:
             delta = self._compiled.solve(hessian, a, gradient, slope)
             return None if delta is None else Correction(delta, loss, gradient)
-        hessian.diagonal().add_(a)
+        diagonal = hessian.diagonal()
+        kept = diagonal.clone()
+        diagonal.add_(a)
         factor, failed = torch.linalg.cholesky_ex(hessian)
+        diagonal.copy_(kept)  # the objective may keep it
         if int(failed):
             return None
         delta = _solve(factor, -(gradient + slope))
@@ -227,6 +232,14 @@ class MultistepMethod(FlowMethod):
                 status = "not finite"
         return march.end(status)
 
+    def moved(
+        self, memory: Memory | None, times: tuple[float, ...], theta: Tensor, gradient: Tensor, clock: Clock
+    ) -> Memory | None:
+        """See ``FlowMethod``."""
+        degree = min(MOVED_ORDER, len(times) - 1)
+        curvature = None if memory is None else memory.curvature
+        return Memory(times, theta, degree, curvature, (float(degree), 0.0, 0.0), clock)
+
 
 class Bdf(MultistepMethod):
     """Backward differentiation with dense Hessians."""
@@ -263,8 +276,7 @@ class _March:
             self.times, self._theta, self._degree = (start.t,), start.theta[None], 0
             self._control = OrderControl()
             self._clock = Clock(start.t, UNIT * self._h)
-
-        self._taus = [self._clock.of(t) for t in self.times]
+        self._taus = self._reckoned()
 
     def stuck(self) -> bool:
         """Whether the step size is below what moves the clock."""
@@ -285,8 +297,7 @@ class _March:
             tolerated = weights(self._span.rtol, self._span.atol, current, predicted)
             rows = torch.stack([predicted, slope, predicted, predicted, tolerated])
         else:
-            taus = self._taus
-            tau = clock.of(t_new) - taus[0]
+            taus, tau = self._taus, clock.between(t, t_new)
             speed = clock.rate(t_new) / tau
             alpha, constants, rows = self._algebra.predict(
                 taus, tau, order, speed, self._theta, self._span.rtol, self._span.atol
@@ -310,8 +321,8 @@ class _March:
         self._degree = min(order + 1, len(self.times) - 1)
         self.error = own
         self.n_accepted += 1
-        self._taus = [clock.of(t_new), *self._taus[: MAX_POINTS - 1]]
-        longer = clock.after(t_new, factor * (self._taus[0] - self._taus[1]))
+        self._taus = self._reckoned()
+        longer = clock.after(t_new, -factor * self._taus[1])
         # A step that was cut to end somewhere says nothing against the step size that was wanted.
         self._h = max(self._h, longer) if h < self._h else longer
         return True
@@ -326,6 +337,11 @@ class _March:
             self.times, self._theta, self._taus = self.times[:2], self._theta[:2], self._taus[:2]
         self._h = h * factor
         return False
+
+    def _reckoned(self) -> list[float]:
+        """Logarithmic times of the accepted points, from the newest on: differences of large numbers would be lost."""
+        now = self.times[0]
+        return [0.0, *(-self._clock.between(t, now) for t in self.times[1:])]
 
     def _interpolant(self) -> Interpolant:
         times, theta, clock = self.times[: self._degree + 1], self._theta, self._clock

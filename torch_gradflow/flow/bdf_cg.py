@@ -127,7 +127,8 @@ class RitzVectors(Preconditioner):
         n_kept = min(N_RITZ, max(8, RITZ_NUMBERS // (2 * basis.shape[1])))
         kept = values.abs().argsort(descending=True)[:n_kept]
         change = coefficients[:, kept].T
-        self._vectors, self._images, self._sizes = change @ basis, change @ images, values[kept].abs()
+        self._vectors, self._images = change @ basis, change @ images
+        self._sizes = self._measured(self._vectors, self._images)
 
     def curvature(self) -> Tensor | None:
         """The w_i, and below them their products with H."""
@@ -138,7 +139,12 @@ class RitzVectors(Preconditioner):
     def recall(self, curvature: Tensor) -> None:
         """See ``Preconditioner``."""
         self._vectors, self._images = curvature.chunk(2)
-        self._sizes = (self._vectors * self._images).sum(1).abs()
+        self._sizes = self._measured(self._vectors, self._images)
+
+    @staticmethod
+    def _measured(vectors: Tensor, images: Tensor) -> Tensor:
+        """|θ_i|, the same to the last bit whenever it is asked."""
+        return (vectors * images).sum(1).abs()
 
 
 def _orthonormal(rows: Tensor, images: Tensor, *, relative: bool = True) -> tuple[Tensor, Tensor]:

@@ -93,29 +93,30 @@ def _finish(delta: Any, gradient: Any, a: float, order: int, theta: Any, out: An
 
 @_compiled
 def _solve(hessian: Any, a: float, gradient: Any, slope: Any, delta: Any) -> bool:
-    """δ = −(H + a)⁻¹ (g + p′) by a Cholesky factorisation within ``hessian``; whether that is positive definite."""
+    """δ = −(H + a)⁻¹ (g + p′) by a Cholesky factorisation; whether that is positive definite."""
     size = delta.shape[0]
+    factor = np.empty((size, size))
     for i in range(size):
         for j in range(i):
             s = hessian[i, j]
             for k in range(j):
-                s -= hessian[i, k] * hessian[j, k]
-            hessian[i, j] = s * hessian[j, j]
+                s -= factor[i, k] * factor[j, k]
+            factor[i, j] = s * factor[j, j]
         s = hessian[i, i] + a
         for k in range(i):
-            s -= hessian[i, k] * hessian[i, k]
+            s -= factor[i, k] * factor[i, k]
         if not s > 0.0:
             return False
-        hessian[i, i] = 1 / math.sqrt(s)  # its inverse is what is needed
+        factor[i, i] = 1 / math.sqrt(s)  # its inverse is what is needed
     for i in range(size):
         s = -(gradient[i] + slope[i])
         for k in range(i):
-            s -= hessian[i, k] * delta[k]
-        delta[i] = s * hessian[i, i]
+            s -= factor[i, k] * delta[k]
+        delta[i] = s * factor[i, i]
     for i in range(size - 1, -1, -1):
-        delta[i] *= hessian[i, i]
+        delta[i] *= factor[i, i]
         for k in range(i):
-            delta[k] -= hessian[i, k] * delta[i]
+            delta[k] -= factor[i, k] * delta[i]
     return True
 
 
@@ -141,7 +142,7 @@ def finish(
 
 
 def solve(hessian: Tensor, a: float, gradient: Tensor, slope: Tensor) -> Tensor | None:
-    """δ = −(H + a)⁻¹ (g + p′), or None where H + a is not positive definite; H is overwritten."""
+    """δ = −(H + a)⁻¹ (g + p′), or None where H + a is not positive definite."""
     delta = np.empty(gradient.shape)
     good = _solve(hessian.numpy(), a, gradient.numpy(), slope.numpy(), delta)
     return torch.from_numpy(delta) if good else None

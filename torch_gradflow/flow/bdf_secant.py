@@ -26,7 +26,7 @@ from torch import Tensor
 
 from torch_gradflow.flow import adams
 from torch_gradflow.flow.adams import AdamsState
-from torch_gradflow.flow.bdf import UNIT, algebra_for
+from torch_gradflow.flow.bdf import MOVED_ORDER, UNIT, algebra_for
 from torch_gradflow.flow.control import CLOCK, first_step_size, norm, require_finite, weights
 from torch_gradflow.flow.dense import Clock, polynomial
 from torch_gradflow.flow.method import (
@@ -287,6 +287,8 @@ def _iterate(state: SecantState, gradient: Tensor, limits: Limits) -> tuple[Seca
     stalls = n_iterations >= PATIENCE and size > GROWTH * state.smallest
     if stalls or (n_iterations >= MANY and size > 1) or n_iterations >= TOO_MANY:
         return _rejected(learned, math.inf, limits), "rejected"
+    if step.h > limits.cap:
+        return _proposed(replace(learned, secant=learned.secant.learned(learned.pairs, step.a)), limits), "refined"
     return replace(learned, delta=delta, n_iterations=n_iterations, smallest=min(size, state.smallest)), "refined"
 
 
@@ -608,7 +610,7 @@ class BdfSecant(FlowMethod):
         while status is None:
             if n_evaluations(objective.counts) >= limit:
                 status = "max_evals"
-            elif state.t + state.step_size == state.t or state.step_size <= CLOCK * abs(state.t):
+            elif state.step_size <= CLOCK * abs(state.t) or state.step_size < 1e-300:
                 status = "underflow" if finite else "not finite"
             else:
                 point = state.proposal()
@@ -633,6 +635,19 @@ class BdfSecant(FlowMethod):
         return RunEnd(
             status, knot, state.step_size, n_accepted, n_rejected, approximate, memory, interpolant=interpolant
         )  # fmt: skip
+
+    def moved(
+        self, memory: Memory | None, times: tuple[float, ...], theta: Tensor, gradient: Tensor, clock: Clock
+    ) -> Memory | None:
+        """See ``FlowMethod``."""
+        degree = min(MOVED_ORDER, len(times) - 1)
+        secant = nothing(theta[0], self._dense_limit, self._rank)
+        if memory is not None and memory.curvature is not None:
+            rows = torch.cat([memory.theta, memory.curvature])
+            secant = unpack(Packed(memory.times, rows, memory.numbers), rtol=1.0, atol=1.0).secant
+        start = begin(times[0], theta[0], gradient, cap=math.inf, rtol=1e-6, atol=1e-6, watch=False, secant=secant)
+        control = OrderControl(degree)
+        return _memory(replace(start, times=times, theta=theta, degree=degree, clock=clock, control=control))
 
     def _begun(self, start: Knot, span: Span, memory: Memory | None) -> SecantState:
         limits = Limits(span.max_step, span.rtol, span.atol, span.t_end, False)

@@ -33,17 +33,21 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
         raise ValueError(f"checkpoint={str(path)!r} cannot be read ({error}); delete it to start anew.") from error
-    if not isinstance(state, dict) or state.get("version") != VERSION:
+    if not isinstance(state, dict) or state.get("version") != VERSION or "settings" not in state:
         raise ValueError(f"checkpoint={str(path)!r} is not a checkpoint of this version; delete it to start anew.")
     for name, value in settings.items():
         kept = state["settings"].get(name)
-        same = torch.equal(kept, value) if isinstance(value, torch.Tensor) else kept == value
+        same = _equal(kept, value) if isinstance(value, torch.Tensor) else kept == value
         if not same:
             shown = "another one" if isinstance(value, torch.Tensor) else f"{kept!r}, not {value!r}"
             raise ValueError(
                 f"checkpoint={str(path)!r} belongs to another run: its {name} is {shown}. Delete it, or name another file."
             )
     return state
+
+
+def _equal(kept: Any, value: torch.Tensor) -> bool:
+    return isinstance(kept, torch.Tensor) and kept.dtype == value.dtype and torch.equal(kept, value)
 
 
 def pack_knot(knot: Knot) -> list[Any]:

@@ -42,7 +42,7 @@ def first_step_size(theta: Tensor, gradient: Tensor, *, cap: float, rtol: float,
     Args:
         theta: θ, shape ``(P,)``.
         gradient: ∇L there, shape ``(P,)``.
-        cap: The longest step allowed: the result where the gradient is zero, or θ has no size.
+        cap: The longest step allowed: the result where the gradient is zero, or θ has no size (1 if it is infinite).
         rtol: Relative tolerance.
         atol: Absolute tolerance.
 
@@ -51,8 +51,10 @@ def first_step_size(theta: Tensor, gradient: Tensor, *, cap: float, rtol: float,
     """
     largest, steepest = torch.stack([theta.abs().amax(), gradient.abs().amax()]).tolist()
     require_finite(steepest)
-    increment = 0.5 * math.sqrt(rtol) * (largest + atol / rtol)
-    return min(cap, increment / steepest) if increment and steepest else cap
+    increment: float = 0.5 * math.sqrt(rtol) * (largest + atol / rtol)
+    if increment and steepest:
+        return min(cap, increment / float(steepest))
+    return cap if math.isfinite(cap) else 1.0
 
 
 def require_finite(size: float) -> None:

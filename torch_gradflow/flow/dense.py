@@ -91,6 +91,10 @@ def lagrange_weights(t: float, nodes: Sequence[float]) -> list[float]:
     return [math.prod((t - other) / (own - other) for j, other in enumerate(nodes) if j != i) for i, own in enumerate(nodes)]
 
 
+# The longest step in logarithmic time: one more would only carry a flow that stands still past the largest number.
+LONGEST = 40.0
+
+
 @dataclass(frozen=True)
 class Clock:
     """Logarithmic time τ = log(1 + (t − origin)/unit), in which the polynomials of the method are drawn.
@@ -111,19 +115,24 @@ class Clock:
         """τ(t)."""
         return math.log1p((t - self.origin) / self.unit)
 
+    def between(self, t: float, later: float) -> float:
+        """τ(later) − τ(t), also where these are close to each other."""
+        return math.log1p((later - t) / (t - self.origin + self.unit))
+
     def rate(self, t: float) -> float:
         """dτ/dt."""
         return 1 / (t - self.origin + self.unit)
 
     def after(self, t: float, step: float) -> float:
         """The time from t on that a step in τ takes."""
-        return math.expm1(step) * (t - self.origin + self.unit)
+        return math.expm1(min(step, LONGEST)) * (t - self.origin + self.unit)
 
 
 def polynomial(t: float, times: Sequence[float], theta: Tensor, clock: Clock | None = None) -> Tensor:
     """The value at t of the polynomial, in the clock's time, through the first ``len(times)`` rows of theta; ``(P,)``."""
     if clock is not None:
-        t, times = clock.of(t), [clock.of(own) for own in times]
+        now = times[0]
+        t, times = -clock.between(t, now), [-clock.between(own, now) for own in times]
     return theta.new_tensor(lagrange_weights(t, times)) @ theta[: len(times)]
 
 

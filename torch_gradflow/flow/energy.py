@@ -10,6 +10,7 @@ import numpy as np
 STENCIL = 6
 
 
+@np.errstate(over="ignore", invalid="ignore", divide="ignore")  # where a flow diverges
 def dissipation_error(points: Sequence[tuple[float, float, float]]) -> float:
     """|L(θ₀) − L(θ_t) − ∫‖∇L‖² dt| / |L(θ₀) − L(θ_t)|, the integral along the accepted points.
 

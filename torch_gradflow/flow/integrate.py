@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import astuple, replace
 from itertools import pairwise
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch_gradflow.flow.checkpoint import load, pack_knot, pack_memory, save, u
 from torch_gradflow.flow.continuation import point_between, replace_gradient
 from torch_gradflow.flow.dense import FlowPath, HermiteWindow, path_through
 from torch_gradflow.flow.energy import dissipation_error
-from torch_gradflow.flow.method import Arrival, FlowMethod, Interpolant, Memory, RunEnd, Span
+from torch_gradflow.flow.method import Arrival, FlowMethod, Interpolant, Memory, RunEnd, Span, n_evaluations
 from torch_gradflow.flow.methods import find_method
 from torch_gradflow.flow.progress import Progress, as_progress, check_progress
 from torch_gradflow.flow.solution import Choice, FlowReport, FlowSolution, Knot, Status
@@ -120,9 +121,21 @@ def integrate(
         dense_output=dense_output,
         checkpoint=checkpoint,
     )
+    if estimate_error:
+        _check_room(run.tolerances[0], objective.resolution)
     run.run()
     solution = run.solution()
     return _with_error(objective, theta0, t_span, method, run, solution) if estimate_error else solution
+
+
+def _check_room(rtol: float, resolution: float) -> None:
+    """Raise ValueError if there are no tighter tolerances with which to compare."""
+    least = tolerances(rtol / 10, None, resolution)[0]
+    if least > 0.5 * rtol:
+        raise ValueError(
+            f"estimate_error=True compares with a run at a tenth of rtol={rtol:g}, but gradients with a rounding unit of "
+            f"{resolution:.0e} resolve no less than {least:g}: loosen rtol, or use torch.float64."
+        )
 
 
 def _with_error(
@@ -141,6 +154,21 @@ def _with_error(
         raise FloatingPointError(f"A run with a tenth of the tolerances did not come as far, for the error. {better.message}")
     error = (solution.theta - better.theta).norm(dim=1) / better.theta.norm(dim=1)
     return replace(solution, global_error=error.to("cpu", torch.float64))
+
+
+# What an accepted point changes in a ``FlowRun``, besides the lists that grow.
+_CHANGING = (
+    "last",
+    "_approximate",
+    "_end",
+    "_step_size",
+    "_memory",
+    "_n_accepted",
+    "_recent",
+    "_between_steps",
+    "_next_eval",
+    "_next_sample",
+)
 
 
 class FlowRun:
@@ -210,6 +238,8 @@ class FlowRun:
         self._knots = [first] if dense_output else None
         self._interpolants: list[Interpolant | None] = []
         self._checkpoint = None if checkpoint is None else Path(checkpoint)
+        if self._checkpoint is not None and not self._checkpoint.parent.is_dir():
+            raise ValueError(f"checkpoint={str(checkpoint)!r} cannot be written: there is no such directory.")
         self._saved_at = self._began
         self._settings = {
             "method": method,
@@ -238,14 +268,14 @@ class FlowRun:
                 self.status, self.message = "stopped", reason
                 return
             end = self._integrate()
-            self._end, self._step_size = end, end.step_size
-            self.last = replace_gradient(end.knot, self._objective) if end.approximate else end.knot
-            self._approximate = False
-            self._n_accepted = self._n_earlier + end.n_accepted
-            self._note_energy(self.last)
-            self._note_path(self.last, end.interpolant)
-            self._sample_end()
-            self._memory = end.memory
+            with self._wholly():
+                self.last = replace_gradient(end.knot, self._objective) if end.approximate else end.knot
+                self._approximate = False
+                self._end, self._step_size, self._memory = end, end.step_size, end.memory
+                self._n_accepted = self._n_earlier + end.n_accepted
+                self._note_energy(self.last)
+                self._note_path(self.last, end.interpolant)
+                self._sample_end()
             self.status, self.message = self._describe(end)
             self._save()
         except KeyboardInterrupt:
@@ -314,16 +344,17 @@ class FlowRun:
         return self.method.run(self._objective, self.last, span, self._visit, self._memory)
 
     def _visit(self, arrival: Arrival) -> bool:
-        previous, self.last, self._approximate = self.last, arrival.knot, arrival.approximate
-        self._n_accepted += 1
-        self._step_size = arrival.step_size
-        self._note_energy(arrival.knot)
-        self._note_path(arrival.knot, arrival.interpolant)
-        self._sample(arrival, previous)
-        if self._checkpoint is not None:
-            self._memory = arrival.remember()
-            if time.perf_counter() - self._saved_at > CHECKPOINT_SECONDS:
-                self._save()
+        with self._wholly():
+            previous, self.last, self._approximate = self.last, arrival.knot, arrival.approximate
+            self._n_accepted += 1
+            self._step_size = arrival.step_size
+            self._note_energy(arrival.knot)
+            self._note_path(arrival.knot, arrival.interpolant)
+            self._sample(arrival, previous)
+            if self._checkpoint is not None:
+                self._memory = arrival.remember()
+        if self._checkpoint is not None and time.perf_counter() - self._saved_at > CHECKPOINT_SECONDS:
+            self._save()
         report = self._report(arrival.knot, arrival.step_size)
         self._progress.update(report)
         reason = self._stop_check(report)
@@ -332,6 +363,22 @@ class FlowRun:
             reason = self._stop_check(self._report(self.last, arrival.step_size))
         self._stopped_by = reason or ""
         return reason is not None
+
+    @contextmanager
+    def _wholly(self) -> Iterator[None]:
+        """What an exception interrupts within is undone: a checkpoint holds the state of one point, not half of the next."""
+        lists: tuple[list[Any] | None, ...] = (self._energy, self._samples, self._knots, self._interpolants)
+        lengths = [0 if entries is None else len(entries) for entries in lists]
+        kept = {name: getattr(self, name) for name in _CHANGING}
+        try:
+            yield
+        except BaseException:
+            for entries, length in zip(lists, lengths, strict=True):
+                if entries is not None:
+                    del entries[length:]
+            for name, value in kept.items():
+                setattr(self, name, value)
+            raise
 
     def _make_exact(self) -> None:
         if self._approximate:
@@ -351,6 +398,7 @@ class FlowRun:
         counts, before = self._objective.counts, self._counted_before
         state = {
             "settings": self._settings,
+            "loss at theta0": self._energy[0][1],
             "last": pack_knot(self.last),
             "approximate": self._approximate,
             "step_size": self._step_size,
@@ -369,6 +417,12 @@ class FlowRun:
     def _restore(self, state: dict[str, Any]) -> None:
         if self._knots is not None:
             raise ValueError("dense_output=True cannot be had of a run that goes on from a checkpoint; use t_eval.")
+        before, now = state["loss at theta0"], self._energy[0][1]
+        if not abs(now - before) <= math.sqrt(self._objective.resolution) * abs(before):
+            raise ValueError(
+                f"checkpoint={str(self._checkpoint)!r} belongs to another objective: its loss at theta0 is {before:.9g}, not "
+                f"{now:.9g}. Delete it, or name another file."
+            )
         device = self._objective.device
         self.last, self._approximate = unpack_knot(state["last"], device), state["approximate"]
         self._step_size, self._memory = state["step_size"], unpack_memory(state["memory"], device)
@@ -377,8 +431,8 @@ class FlowRun:
         self._next_eval, self._next_sample = state["next"]
         self._energy = [(t, loss, rate) for t, loss, rate in state["energy"]]
         self._n_accepted = self._n_earlier = state["n_accepted"]
-        past = EvaluationCounts(*state["counts"])
-        counts = self._counted_before
+        past, counts = EvaluationCounts(*state["counts"]), self._objective.counts
+        self._max_evals -= n_evaluations(past) - 1  # that at theta0 was not bounded
         self._counted_before = EvaluationCounts(*(a - b for a, b in zip(astuple(counts), astuple(past), strict=True)))
         self._began -= state["elapsed"]
 

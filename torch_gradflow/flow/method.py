@@ -159,6 +159,23 @@ class FlowMethod(ABC):
             memory: What an earlier run of this method on the same objective left, if it ended at ``start``; else None.
         """
 
+    def moved(
+        self, memory: Memory | None, times: tuple[float, ...], theta: Tensor, gradient: Tensor, clock: Clock
+    ) -> Memory | None:
+        """A memory that ends at other accepted points, which another method took, with what this one knew of the Hessian.
+
+        Args:
+            memory: What this method left elsewhere on the same objective, or None.
+            times: Flow times of accepted points, newest first, at least two.
+            theta: θ there, shape ``(len(times), P)``.
+            gradient: ∇L at the newest.
+            clock: The time in which to go on.
+
+        Returns:
+            The memory; None for methods that need none.
+        """
+        return None
+
 
 def n_evaluations(counts: EvaluationCounts) -> int:
     """What ``max_evals`` bounds."""

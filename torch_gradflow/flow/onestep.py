@@ -102,7 +102,8 @@ class OneStepMethod(FlowMethod):
                 n_rejected += 1
                 continue
             point = self._arrive(objective, trial, span.t_end if tried == span.t_end - here.t else here.t + tried)
-            error = trial.error if point is not None else math.inf
+            # A step that is accurate enough, but ends where L is not finite, is no better than one without an end.
+            error = trial.error if point is not None or not trial.error <= 1 else math.inf
             if point is None or not error <= 1:
                 factor, control = control.rejected(error)
                 h = tried * factor
