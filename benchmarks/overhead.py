@@ -102,7 +102,7 @@ def integration(network: tuple[int, int, int]) -> tuple[Callable[[], int], Calla
 
     def ours() -> int:
         model, x, y = build(*network)
-        optimizer = GradientFlow(model.parameters())
+        optimizer = GradientFlow(model.parameters(), method="dopri5")
         optimizer.integrate(closure_of(optimizer, model, x, y), T_END)
         return optimizer.stats.n_grad
 

@@ -165,8 +165,8 @@ class LowRank(Secant):
     """The eigenpairs of B of largest modulus, for P too large for a matrix: (r + 1) P numbers, O(r² P) operations per step.
 
     What is forgotten is what is soft; a direction that is not, while a stiff one is needed, costs an iteration to learn it
-    again. (Pairs of which the oldest are forgotten, as usual, lose stiff directions: with 40 pairs for 151 parameters an
-    integration did not arrive in 20,000 gradients.)
+    again. (Pairs of which the oldest are forgotten, as usual, lose stiff directions: with 20 pairs for 151 parameters an
+    integration did not arrive in 20,000 gradients, with 20 eigenpairs it took 1710.)
 
     Attributes:
         vectors: Orthonormal rows u_i, shape ``(n, P)`` with n ≤ r.

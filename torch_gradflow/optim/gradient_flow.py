@@ -101,11 +101,14 @@ class GradientFlow(ClosureOptimizer):
         params: Parameters or parameter groups, as for any torch optimizer; dense, real, on one device.
         lr: Flow time per step. Natural values are 0.1 to 100, far above Adam's; small ones work and cost about
             one to three gradients per step besides the closure's own.
-        method: "auto" or one of torchdiffeq's adaptive methods: "dopri5" (which "auto" chooses), "dopri8", "bosh3",
-            "fehlberg2", "adaptive_heun".
+        method: "auto", which begins with dopri5, measures what derivatives cost, and then chooses and switches between it and
+            the methods of our own (``stats.choices`` says what, when and why); or one of these: "bdf" (backward
+            differentiation with Hessians), "bdf-cg" (with Hessian–vector products), "bdf-secant" (with gradients alone),
+            "exprb53" and "exprb53-lanczos" (exponential Rosenbrock: near saddles), "rkc2" (Runge–Kutta–Chebyshev: large or
+            non-smooth problems); torchdiffeq's "dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun"; scipy's "LSODA",
+            "BDF", "Radau".
         rtol: Relative tolerance of the local error of a step. None: 1e-6 in float64, 1e-4 in float32. That of the whole
-            flow is another matter: it was up to 1 times rtol on teacher–student problems, up to 17 times on a harder one
-            (fehlberg2: up to 100 times).
+            flow is another matter, see the README.
         atol: Absolute tolerance. None: rtol/100.
         weight_decay: λ: adds λ/2 ‖θ‖² to L. (Coupled, as in SGD; AdamW's decoupled decay is another flow.)
         max_norm: c: adds the barrier (w − c)³/3 for w = ‖θ‖²/(2P) > c, which keeps a flow towards infinity bounded.
