@@ -109,9 +109,7 @@ class Drive:
 
     def step(self) -> str:
         gradient = self.gradient(self.state.proposal())
-        self.state, verdict = advance(
-            self.state, gradient, cap=self.cap, rtol=self.rtol, atol=self.rtol, watch=self.watch
-        )
+        self.state, verdict = advance(self.state, gradient, cap=self.cap, rtol=self.rtol, atol=self.rtol, watch=self.watch)
         self.verdicts.append(verdict)
         return verdict
 

@@ -454,9 +454,7 @@ def _compare(state: SecantState, gradient: Tensor, limits: Limits) -> tuple[Seca
     return _restless(state, restless), "changed"
 
 
-def _go_on_restless(
-    state: SecantState, restless: AdamsState, gradient: Tensor, limits: Limits
-) -> tuple[SecantState, Verdict]:
+def _go_on_restless(state: SecantState, restless: AdamsState, gradient: Tensor, limits: Limits) -> tuple[SecantState, Verdict]:
     """A step while L changes; at rest, the flow begins anew."""
     cap, rtol, atol = limits.cap, limits.rtol, limits.atol
     restless, verdict = adams.advance(restless, gradient, cap=cap, rtol=rtol, atol=atol)

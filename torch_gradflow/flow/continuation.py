@@ -122,9 +122,7 @@ def advance(
     )
 
 
-def point_between(
-    method: FlowMethod, objective: Objective, window: HermiteWindow, t: float, rtol: float, atol: float
-) -> Knot:
+def point_between(method: FlowMethod, objective: Objective, window: HermiteWindow, t: float, rtol: float, atol: float) -> Knot:
     """The flow at t within a window, with loss and gradient.
 
     The window's polynomial p serves where its defect p' + ∇L(p), which costs the one gradient that is wanted anyway, is
