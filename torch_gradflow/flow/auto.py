@@ -336,8 +336,8 @@ class _Race:
             # Unstable modes, or a loss that is not smooth: others may do better.
             self._trouble = 0.0
             for name, other in self._entrants.items():
-                if name in ("exprb53", "rkc2") and math.isfinite(other.wait) and other.since >= 0.2 * self._first_wait():
-                    other.wait = min(other.wait, other.since)
+                if name in ("exprb53", "rkc2") and 0.2 * self._first_wait() <= other.since:
+                    self._hasten(other)
         due = [name for name, other in self._entrants.items() if name != self._charge and other.since >= other.wait]
         if due:
             self._try(max(due, key=lambda name: self._entrants[name].since / max(self._entrants[name].wait, 1e-300)))
@@ -360,8 +360,13 @@ class _Race:
             return
         for name, other in self._entrants.items():
             fits = name == "exprb53" if before <= GROWING else other.method.n_points > 1
-            if fits and math.isfinite(other.wait) and other.since >= 0.2 * self._first_wait():
-                other.wait = min(other.wait, other.since)
+            if fits and other.since >= 0.2 * self._first_wait():
+                self._hasten(other)
+
+    def _hasten(self, other: _Entrant) -> None:
+        """Let it try now, unless it lost by far, or twice."""
+        if other.wait <= 4 * self._first_wait():
+            other.wait = min(other.wait, other.since)
 
     def _open(self) -> None:
         """The first steps are done: measure, and let others try."""
