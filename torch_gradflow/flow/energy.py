@@ -6,15 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-# Points of the polynomial through which ‖∇L‖² is integrated over each step.
+# Points of the polynomial that is integrated over each step.
 STENCIL = 6
+# Where steps differ by so much a polynomial through them would oscillate: a straight line serves.
+UNEVEN = 20.0
 
 
 @np.errstate(over="ignore", invalid="ignore", divide="ignore")  # where a flow diverges
 def dissipation_error(points: Sequence[tuple[float, float, float]]) -> float:
     """|L(θ₀) − L(θ_t) − ∫‖∇L‖² dt| / |L(θ₀) − L(θ_t)|, the integral along the accepted points.
 
-    Over each step ‖∇L‖² is the polynomial through the (up to) six accepted points around it. A check on the trajectory that
+    Over each step ‖∇L‖² dt/dτ is the polynomial through the (up to) six accepted points around it in the logarithmic time
+    τ = log(1 + (t − t₀)/u) with the first step u, in which steps are about equally long. A check on the trajectory that
     no integrator makes itself: it sees steps that left the curve, a gradient that is not that of the loss, and loss values
     that another objective gave. Its own accuracy is that of the polynomial, worst where the first steps grow fast.
 
@@ -33,12 +36,17 @@ def dissipation_error(points: Sequence[tuple[float, float, float]]) -> float:
     if n < 2:
         return 0.0
     t, loss, rate = table.T
+    unit = t[1] - t[0]
+    elapsed = t - t[0] + unit
+    t, rate = np.log(elapsed / unit), rate * elapsed
     width = min(STENCIL, n)
     first = np.clip(np.arange(n - 1) - (width // 2 - 1), 0, n - width)
     around = first[:, None] + np.arange(width)
     start, length = t[:-1, None], np.diff(t)[:, None]
     nodes = (t[around] - start) / length  # in units of the step, from its start
     abscissas, weights = np.polynomial.legendre.leggauss(3)
+    spacings = np.diff(t[around], axis=1)
+    uneven = spacings.max(1) > UNEVEN * spacings.min(1)
     dissipated = 0.0
     for x, w in zip(0.5 * (abscissas + 1), 0.5 * weights, strict=True):
         value = np.zeros(n - 1)
@@ -46,7 +54,8 @@ def dissipation_error(points: Sequence[tuple[float, float, float]]) -> float:
             others = [j for j in range(width) if j != i]
             lagrange = np.prod((x - nodes[:, others]) / (nodes[:, [i]] - nodes[:, others]), axis=1)
             value += lagrange * rate[around[:, i]]
-        dissipated += float(np.sum(w * length[:, 0] * value))
+        line = (1 - x) * rate[:-1] + x * rate[1:]
+        dissipated += float(np.sum(w * length[:, 0] * np.where(uneven, line, value)))
     lost = float(loss[0] - loss[-1])
     off = abs(lost - dissipated)
     return off / abs(lost) if lost else off and float("inf")

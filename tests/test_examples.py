@@ -1,0 +1,30 @@
+"""Examples run: here the one whose loops are its own; those of ``plain_loop.py`` are compared in ``test_loops.py``."""
+
+from __future__ import annotations
+
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+
+
+def test_comparison_of_the_paper(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = tmp_path / "figure.png"
+    options = ["--seconds", "0.05", "--seeds", "1", "--samples", "100", "--rtol", "1e-4", "--figure", str(figure)]
+    monkeypatch.setattr(sys, "argv", ["paper_ode_comparison.py", *options])
+    n_threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(EXAMPLES / "paper_ode_comparison.py"), run_name="__main__")
+    finally:
+        torch.set_num_threads(n_threads)
+    rows = {
+        line[:20].strip(): [float(cell) for cell in line[20:].split()] for line in capsys.readouterr().out.splitlines()[3:-2]
+    }
+    # Exact flows stay near the reference, and the others leave it.
+    loss, _, t_m, d_m, _ = rows["bdf"]
+    assert loss < rows["descent 1e-3"][0] and t_m > rows["descent 1e-3"][2] and d_m < 1e-6 < rows["Adam 1e-2"][3]
+    assert figure.stat().st_size > 10_000
