@@ -98,7 +98,7 @@ def test_max_evals_while_running_ahead_keeps_what_was_reached() -> None:
     """Every step advances by what its evaluations bought."""
     w = nn.Parameter(torch.tensor([1.0, 1.0], dtype=torch.float64))
     stiff = torch.tensor([1.0, 1e3], dtype=torch.float64)
-    optimizer = GradientFlow([w], lr=10.0, max_evals=200)
+    optimizer = GradientFlow([w], lr=10.0, method="dopri5", max_evals=200)
 
     def closure() -> Tensor:
         optimizer.zero_grad()

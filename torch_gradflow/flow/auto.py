@@ -29,7 +29,7 @@ from torch_gradflow.flow.dense import Clock
 from torch_gradflow.flow.method import Arrival, Derivative, FlowMethod, Memory, RunEnd, Span, Visit, n_evaluations
 from torch_gradflow.flow.multistep import MAX_POINTS
 from torch_gradflow.flow.solution import Choice, Knot
-from torch_gradflow.objectives.base import EvaluationCounts, Objective
+from torch_gradflow.objectives.base import DerivativeError, EvaluationCounts, Objective
 
 _T = TypeVar("_T")
 
@@ -91,11 +91,11 @@ class Costs:
         gradient, (_, g) = _seconds(lambda: objective.loss_and_gradient(theta))
         try:
             hvp, _ = _seconds(lambda: objective.hvp(theta, g))
-        except (RuntimeError, NotImplementedError):
+            if objective.n_parameters > DENSE_LIMIT:
+                return cls(gradient, hvp)
+            hessian, (_, _, h) = _seconds(lambda: objective.loss_gradient_hessian(theta))
+        except (DerivativeError, NotImplementedError):
             return cls(gradient)
-        if objective.n_parameters > DENSE_LIMIT:
-            return cls(gradient, hvp)
-        hessian, (_, _, h) = _seconds(lambda: objective.loss_gradient_hessian(theta))
         h = h + torch.eye(len(g), dtype=h.dtype, device=h.device) * float(h.abs().sum(1).max())
         return cls(
             gradient, hvp, hessian, _seconds(lambda: torch.linalg.cholesky_ex(h))[0], _seconds(lambda: torch.linalg.eigh(h))[0]

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch_gradflow.flow import adams
 from torch_gradflow.flow.adams import AdamsState
 from torch_gradflow.flow.bdf import MOVED_ORDER, UNIT, algebra_for
-from torch_gradflow.flow.control import CLOCK, first_step_size, norm, require_finite, weights
+from torch_gradflow.flow.control import CLOCK, Patience, first_step_size, norm, require_finite, weights
 from torch_gradflow.flow.dense import Clock, polynomial
 from torch_gradflow.flow.method import (
     Arrival,
@@ -63,6 +63,8 @@ SETTLED = 0.2
 FAR = 100.0
 # An iteration fails when it is larger than this, relative to the smallest, after so many; when it is above 1 after more.
 GROWTH, PATIENCE, MANY, TOO_MANY = 5.0, 7, 12, 25
+# After so many rejections in a row there is no step that succeeds.
+STUCK = 40
 # So many pairs are kept apart from B within a step.
 STACK = 8
 # How far from a known gradient a suspicious direction is looked at, in tolerances.
@@ -602,7 +604,7 @@ class BdfSecant(FlowMethod):
         limit = n_evaluations(objective.counts) + span.max_evals
         knot, step_size, interpolant = start, state.step_size, None
         n_accepted = n_rejected = 0
-        finite = True
+        finite, patience, in_a_row = True, Patience(start.t), 0
         status: RunStatus | None = "t_end" if span.t_end <= start.t else None
         while status is None:
             if n_evaluations(objective.counts) >= limit:
@@ -617,13 +619,20 @@ class BdfSecant(FlowMethod):
                 )
                 if verdict == "rejected":
                     n_rejected += 1
-                    finite = bool(torch.isfinite(gradient).all())
+                    in_a_row += 1
+                    finite = bool(torch.isfinite(gradient).all()) and bool(torch.isfinite(loss))
+                    if (not finite and patience.exhausted(state.t)) or in_a_row > STUCK:
+                        status = "underflow" if finite else "not finite"
                 elif verdict == "accepted":
-                    n_accepted += 1
+                    n_accepted, in_a_row = n_accepted + 1, 0
                     theta = state.theta[0]
                     loss = loss + 0.5 * (gradient + state.gradient) @ (theta - point)
-                    knot, step_size, interpolant = Knot(state.t, theta, loss, state.gradient), state.step_size, _path(state)
-                    if state.t >= span.t_end:
+                    if bool(torch.isfinite(loss)):
+                        knot = Knot(state.t, theta, loss, state.gradient)
+                    step_size, interpolant = state.step_size, _path(state)
+                    if not bool(torch.isfinite(loss)):
+                        status = "not finite"
+                    elif state.t >= span.t_end:
                         status = "t_end"
                     elif visit(Arrival(knot, step_size, interpolant, True, self.name, _remembering(state))):
                         status = "visit"
