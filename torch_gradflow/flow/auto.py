@@ -462,6 +462,7 @@ class _Race:
         costs = (0.0,) * 6 if self._costs is None else (1.0, *astuple(self._costs))
         numbers = [float(names.index(name)) for name in (self._charge, self._current)]
         numbers += [float(self._n_trial), float(self._n_steps), self._origin, self._unit, *costs]
+        numbers += [self._trouble, self._growth, self._size]
         numbers += [number for entrant in self._entrants.values() for number in entrant.numbers()]
         kept = [name for name in dict.fromkeys((self._current, self._charge)) if self._entrants[name].memory is not None]
         numbers.append(float(len(kept)))
@@ -492,6 +493,7 @@ class _Race:
         self._charge, self._current = (names[int(i)] for i in take(2))
         n_trial, n_steps, self._origin, self._unit, measured, *costs = take(10)
         self._n_trial, self._n_steps = int(n_trial), int(n_steps)
+        self._trouble, self._growth, self._size = take(3)
         self._costs = Costs(*costs) if measured else None
         for entrant in self._entrants.values():
             entrant.wait, entrant.since, entrant.paid, entrant.gained, entrant.step_size, entrant.seen = take(6)
@@ -508,6 +510,8 @@ class _Race:
             theta = self._theta[: len(times)] if here else self._theta.new_zeros(len(times), self._theta.shape[1])
             clock = Clock(origin, unit) if unit else None
             self._entrants[names[int(index)]].memory = Memory(times, theta, int(degree), curvature, own, clock)
+            # A multistep method came here: the gradient that is handed over is that of its linearisation, or of another point.
+            self._approximate = self._approximate or (bool(here) and clock is not None)
 
     def _end(self, end: RunEnd) -> RunEnd:
         memory = None if self._times[0] != end.knot.t else self._remember()
