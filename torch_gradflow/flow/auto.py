@@ -248,7 +248,13 @@ class _Race:
     def run(self) -> RunEnd:
         """Bouts of one method after the other."""
         while True:
-            end = self._bout()
+            try:
+                end = self._bout()
+            except DerivativeError:
+                if self._entrants[self._current].method.needs == "gradient":
+                    raise
+                self._drop_out()
+                continue
             self._n_accepted += end.n_accepted
             self._n_rejected += end.n_rejected
             self._knot, self._approximate = end.knot, end.approximate
@@ -278,6 +284,7 @@ class _Race:
         span = replace(self._span, step_size=step_size, max_evals=evaluations)
 
         def visit(arrival: Arrival) -> bool:
+            self._knot, self._approximate = arrival.knot, arrival.approximate
             self._note(arrival.knot)
             entrant.step_size, entrant.seen = arrival.step_size, arrival.knot.t
             entrant.memory = arrival.remember()
@@ -418,6 +425,19 @@ class _Race:
         """What some trials of the method in charge would cost."""
         charge = self._entrants[self._charge]
         return FIRST_WAIT * charge.paid * LATEST * 6
+
+    def _drop_out(self) -> None:
+        """Where second derivatives cannot be had after all, methods that need them leave the race."""
+        for entrant in self._entrants.values():
+            if entrant.method.needs != "gradient":
+                entrant.wait, entrant.memory = math.inf, None
+        reason = f"{self._current} has no second derivatives"
+        self._charge = self._current = FIRST
+        self._n_trial = 0
+        self._spent()
+        if "bdf-secant" in self._entrants:
+            self._entrants["bdf-secant"].wait = 0.0
+        self._choices.append(Choice(self._knot.t, FIRST, reason))
 
     def _recovers(self, end: RunEnd) -> bool:
         """Whether another method goes on where the current one ended."""
