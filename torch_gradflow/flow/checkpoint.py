@@ -32,7 +32,9 @@ def load(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
     try:
         state = torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:
-        raise ValueError(f"checkpoint={str(path)!r} cannot be read ({type(error).__name__}); delete it to start anew.") from error
+        raise ValueError(
+            f"checkpoint={str(path)!r} cannot be read ({type(error).__name__}); delete it to start anew."
+        ) from error
     if not isinstance(state, dict) or state.get("version") != VERSION or "settings" not in state:
         raise ValueError(f"checkpoint={str(path)!r} is not a checkpoint of this version; delete it to start anew.")
     for name, value in settings.items():
