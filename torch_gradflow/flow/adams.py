@@ -67,6 +67,25 @@ class AdamsState:
     restless: bool
     jump: float
 
+    @property
+    def accepted(self) -> Tensor:
+        """The last accepted point, shape ``(P,)``."""
+        return self.theta
+
+    @property
+    def known(self) -> Tensor:
+        """∇L there, shape ``(P,)``."""
+        return self.gradients[0]
+
+    def is_known(self, gradient: Tensor) -> bool:
+        """Whether this is the gradient at the accepted point that was kept, up to rounding."""
+        size, difference = torch.stack([self.known.abs().amax(), (gradient - self.known).abs().amax()]).tolist()
+        return bool(difference <= torch.finfo(self.known.dtype).eps ** 0.55 * size)
+
+    def asking(self) -> AdamsState:
+        """The same flow, which wants the accepted point itself to be evaluated once more."""
+        return replace(self, proposed=0.0)
+
     def proposal(self) -> Tensor:
         """θ at which the next gradient is wanted, shape ``(P,)``; not to be written to."""
         if not self.proposed:
@@ -192,6 +211,44 @@ def error_weights(ages: Sequence[float]) -> tuple[float, list[float]]:
     return sum(_antiderivative(_same_start(ages))), extrapolation
 
 
+@dataclass(frozen=True)
+class Packed:
+    """A state as rows of length P and numbers, which fit into any optimizer's state and any checkpoint.
+
+    Attributes:
+        times: Flow times of accepted points, newest first.
+        rows: Shape ``(n, P)``.
+        numbers: Of any type that a float holds exactly.
+    """
+
+    times: tuple[float, ...]
+    rows: Tensor
+    numbers: tuple[float, ...]
+
+
+def pack(state: AdamsState) -> Packed:
+    """Everything in the state."""
+    numbers = (state.order, state.proposed, state.step_size, state.n_rejected, state.restless, state.jump)
+    return Packed(state.times, torch.cat([state.theta[None], state.gradients]), tuple(float(x) for x in numbers))
+
+
+def unpack(packed: Packed) -> AdamsState:
+    """The state, bit for bit."""
+    order, proposed, step_size, n_rejected, restless, jump = packed.numbers
+    return AdamsState(
+        t=packed.times[0],
+        theta=packed.rows[0],
+        times=packed.times,
+        gradients=packed.rows[1 : 1 + len(packed.times)],
+        order=int(order),
+        proposed=proposed,
+        step_size=step_size,
+        n_rejected=int(n_rejected),
+        restless=bool(restless),
+        jump=jump,
+    )
+
+
 def _error_estimates(
     state: AdamsState, theta: Tensor, gradient: Tensor, ages: Sequence[float], rtol: float, atol: float
 ) -> list[float]:
@@ -257,10 +314,9 @@ def _shrinking(error: float, ages: Sequence[float]) -> float:
 
 def _compare(state: AdamsState, gradient: Tensor, cap: float, rtol: float, atol: float) -> tuple[AdamsState, Verdict]:
     """Whether the gradient at the accepted point is still the one that was kept, up to rounding."""
-    kept = state.gradients[0]
-    size, difference = torch.stack([kept.abs().amax(), (gradient - kept).abs().amax()]).tolist()
+    difference = float((gradient - state.known).abs().amax())
     require_finite(difference)
-    if difference <= torch.finfo(kept.dtype).eps ** 0.55 * size:
+    if state.is_known(gradient):
         return replace(state, proposed=_capped(state.step_size, cap), restless=False, jump=0.0), "confirmed"
     step_size = min(first_step_size(state.theta, gradient, cap=cap, rtol=rtol, atol=atol), state.step_size)
     n_rejected = state.n_rejected if state.restless else 0

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from torch_gradflow.flow import adams
-from torch_gradflow.flow.adams import AdamsState
+from torch_gradflow.flow.adams import AdamsState, Packed
 from torch_gradflow.flow.bdf import MOVED_ORDER, UNIT, algebra_for
 from torch_gradflow.flow.control import CLOCK, Patience, first_step_size, norm, require_finite, weights
 from torch_gradflow.flow.dense import Clock, polynomial
@@ -170,6 +170,34 @@ class SecantState:
         if self.restless is not None:
             return self.restless.proposed
         return 0.0 if self.asked else self.step.h
+
+    @property
+    def accepted(self) -> Tensor:
+        """The last accepted point, shape ``(P,)``."""
+        return self.theta[0]
+
+    @property
+    def known(self) -> Tensor:
+        """∇L there, as the method has it, shape ``(P,)``."""
+        return self.gradient
+
+    def is_known(self, gradient: Tensor) -> bool:
+        """Whether this is the gradient at the accepted point, as far as it is known.
+
+        After a step of the method that is as well as the point itself: the difference is that of the point's error.
+        """
+        difference = gradient - self.gradient
+        size, jump = torch.stack([self.gradient.abs().amax(), difference.abs().amax()]).tolist()
+        if jump <= torch.finfo(gradient.dtype).eps ** 0.55 * size:
+            return True
+        solve = self.secant.factor(self.accuracy) if self.accuracy else None
+        return solve is not None and norm(solve(difference), self.step.rows[4]) <= 1
+
+    def asking(self) -> SecantState:
+        """The same flow, which wants the accepted point itself to be evaluated once more."""
+        if self.restless is not None:
+            return replace(self, restless=self.restless.asking())
+        return replace(self, asked=True)
 
     def proposal(self) -> Tensor:
         """θ at which the next gradient is wanted, shape ``(P,)``; not to be written to."""
@@ -434,18 +462,10 @@ def _step(state: SecantState, h: float, limits: Limits) -> Step:
 
 
 def _compare(state: SecantState, gradient: Tensor, limits: Limits) -> tuple[SecantState, Verdict]:
-    """Whether the gradient at the accepted point is still the one that is known.
-
-    After a step of the method that is known as well as the point itself: the difference is that of the point's error.
-    """
-    difference = gradient - state.gradient
-    size, jump = torch.stack([state.gradient.abs().amax(), difference.abs().amax()]).tolist()
+    """Whether the gradient at the accepted point is still the one that is known."""
+    jump = float((gradient - state.gradient).abs().amax())
     require_finite(jump)
-    same = jump <= torch.finfo(gradient.dtype).eps ** 0.55 * size
-    if not same and state.accuracy:
-        solve = state.secant.factor(state.accuracy)
-        same = solve is not None and norm(solve(difference), state.step.rows[4]) <= 1
-    if same:
+    if state.is_known(gradient):
         return replace(state, asked=False), "confirmed"
     step_size = first_step_size(state.theta[0], gradient, cap=limits.cap, rtol=limits.rtol, atol=limits.atol)
     step_size = min(step_size, state.step_size)
@@ -499,39 +519,24 @@ def _forgotten(secant: Secant) -> Secant:
     return LowRank.nothing(like, secant.capacity) if secant.capacity else Dense.nothing(like)
 
 
-@dataclass(frozen=True)
-class Packed:
-    """A state as rows of length P and numbers, which fit into any optimizer's state and any checkpoint.
-
-    Attributes:
-        times: As in the state.
-        rows: Shape ``(n, P)``.
-        numbers: Of any type that a float holds exactly.
-    """
-
-    times: tuple[float, ...]
-    rows: Tensor
-    numbers: tuple[float, ...]
-
-
 def pack(state: SecantState) -> Packed:
     """Everything in the state, at whichever of its calls."""
     secant, restless, pairs = state.secant, state.restless, state.pairs
     known = secant.rows()
     vectors = [state.gradient, state.at, state.found, state.delta]
     vectors += [] if state.probe is None else [state.probe]
-    gradients = state.theta.new_zeros(0, state.theta.shape[1]) if restless is None else restless.gradients
+    inner = None if restless is None else adams.pack(restless)
     numbers = [
         state.degree, state.clock.origin, state.clock.unit, state.control.order, state.control.n_steps,
         state.control.n_rejected, state.step_size, state.step.h, state.step.t, state.n_iterations, state.smallest,
         state.accuracy, state.asked, state.probe is not None, len(known), secant.capacity,
-        len(pairs), *pairs.q.tolist(), len(gradients),
+        len(pairs), *pairs.q.tolist(), 0 if inner is None else len(inner.times),
     ]  # fmt: skip
-    if restless is not None:
-        own = (restless.order, restless.proposed, restless.step_size, restless.n_rejected, restless.restless, restless.jump)
-        numbers += [*own, *restless.times]
-    rows = torch.cat([state.theta, torch.stack(vectors), known, pairs.s, pairs.z, gradients])
-    return Packed(state.times, rows, tuple(float(x) for x in numbers))
+    rows = [state.theta, torch.stack(vectors), known, pairs.s, pairs.z]
+    if inner is not None:
+        numbers += [*inner.times, *inner.numbers]
+        rows.append(inner.rows)
+    return Packed(state.times, torch.cat(rows), tuple(float(x) for x in numbers))
 
 
 def unpack(packed: Packed, *, rtol: float, atol: float) -> SecantState:
@@ -545,18 +550,12 @@ def unpack(packed: Packed, *, rtol: float, atol: float) -> SecantState:
     (degree, origin, unit, order, n_steps, n_rejected, step_size, h, t) = take(9)
     n_iterations, smallest, accuracy, asked, probed, n_known, capacity, n_pairs = take(8)
     q = take(int(n_pairs))
-    (n_gradients,) = take()
-    sizes = [len(packed.times), 4 + int(probed), int(n_known), int(n_pairs), int(n_pairs), int(n_gradients)]
-    theta, vectors, known, s, z, gradients = (part.contiguous() for part in packed.rows[: sum(sizes)].split(sizes))
+    (n_inner,) = take()
+    n_rows = int(n_inner) + 1 if n_inner else 0
+    sizes = [len(packed.times), 4 + int(probed), int(n_known), int(n_pairs), int(n_pairs), n_rows]
+    theta, vectors, known, s, z, inner = (part.contiguous() for part in packed.rows[: sum(sizes)].split(sizes))
     gradient, at, found, delta, *probe = vectors
-    restless = None
-    if n_gradients:
-        own_order, proposed, own_step_size, own_rejected, is_restless, jump = take(6)
-        times = tuple(take(int(n_gradients)))
-        restless = AdamsState(
-            times[0], theta[0], times, gradients, int(own_order), proposed, own_step_size, int(own_rejected),
-            bool(is_restless), jump,
-        )  # fmt: skip
+    restless = adams.unpack(Packed(tuple(take(int(n_inner))), inner, tuple(rest))) if n_inner else None
     state = SecantState(
         times=packed.times,
         theta=theta,

@@ -5,9 +5,9 @@ the last step left the parameter, in the type in which the flow is computed; "sl
 step if nothing changes; "knots", the accepted points around and ahead of the present, θ first, then gradients; and for methods
 with a memory "points", the accepted points that it holds, and "curvature", what it knows of the Hessian (of each row of
 length P the parameter's own part). Plain numbers stand in the parameter groups, the same in each. All of it is in the
-coordinates φ = θ/√d of the flow. While the flow advances with one gradient per call (``flow.adams``), the "knots" are the last
-accepted point and the gradients kept, and "theta" is the proposal that stands in the parameters. Nothing is held anywhere
-else, so that a resumed flow continues bit for bit.
+coordinates φ = θ/√d of the flow. While the flow advances with one gradient per call (``flow.stepwise``), "stepwise" holds its
+rows, and "theta" is the proposal that stands in the parameters. Nothing is held anywhere else: a resumed flow continues
+bit for bit.
 """
 
 from __future__ import annotations
@@ -21,11 +21,13 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from torch_gradflow.flow.adams import AdamsState
+from torch_gradflow.flow import stepwise
+from torch_gradflow.flow.adams import Packed
 from torch_gradflow.flow.continuation import Continuation
 from torch_gradflow.flow.dense import Clock, HermiteWindow
 from torch_gradflow.flow.method import FlowMethod, Memory
 from torch_gradflow.flow.solution import Knot
+from torch_gradflow.flow.stepwise import StepwiseState
 from torch_gradflow.optim.closure_optimizer import ActiveParameters
 
 DEFAULTS: dict[str, Any] = {
@@ -36,7 +38,7 @@ DEFAULTS: dict[str, Any] = {
     "memory": [],
     "seen": 0,
     "moved_at": [],
-    "multistep": [],
+    "stepwise": [],
     "owed": 0.0,
 }
 
@@ -69,17 +71,12 @@ def initialise(optimizer: Optimizer, method: FlowMethod, dtype: torch.dtype) -> 
     moving = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
     for p in moving:
         if not optimizer.state[p]:
-            rows = {"knots": knot_rows(method), "points": method.n_points}
+            rows = {"knots": 2 * method.n_knots, "points": method.n_points}
             optimizer.state[p] = {
                 "theta": p.detach().to(dtype, copy=True),
                 "slope": torch.zeros_like(p, dtype=dtype),
                 **{name: torch.zeros(n, *p.shape, dtype=dtype, device=p.device) for name, n in rows.items() if n},
             }
-
-
-def knot_rows(method: FlowMethod) -> int:
-    """Rows of "knots": θ and gradients of the window, or what a flow with one gradient per call keeps."""
-    return max(4, 2 * method.n_knots)
 
 
 def read(optimizer: Optimizer, active: ActiveParameters, method: FlowMethod) -> Carried | None:
@@ -142,8 +139,9 @@ def write(optimizer: Optimizer, active: ActiveParameters, method: FlowMethod, st
     layout, window, memory = active.layout, state.window, state.memory
     for p, slope in zip(active.tensors, layout.split(state.here.gradient), strict=True):
         optimizer.state[p]["slope"] = slope.clone()
+        optimizer.state[p].pop("stepwise", None)
     if window is not None:
-        _scatter(optimizer, active, "knots", torch.cat([window.theta, window.gradient]), knot_rows(method))
+        _scatter(optimizer, active, "knots", torch.cat([window.theta, window.gradient]), 2 * method.n_knots)
     _write_numbers(
         optimizer,
         flow_time=state.here.t,
@@ -153,48 +151,38 @@ def write(optimizer: Optimizer, active: ActiveParameters, method: FlowMethod, st
         memory=[] if memory is None else _write_memory(optimizer, active, method, memory),
         seen=seen,
         moved_at=_speeds(optimizer),
-        multistep=[],
+        stepwise=[],
         owed=0.0,
     )
 
 
-def read_multistep(optimizer: Optimizer, active: ActiveParameters, method: FlowMethod) -> AdamsState | None:
+def read_stepwise(
+    optimizer: Optimizer, active: ActiveParameters, method: FlowMethod, *, rtol: float, atol: float
+) -> StepwiseState | None:
     """Where a flow with one gradient per call stands, or None; the same conditions as for ``read``."""
     group, states = optimizer.param_groups[0], _states(optimizer, active, method)
-    if states is None or not group["multistep"]:
+    # A checkpoint loaded into a state that was made beforehand may lack it: the flow begins anew then.
+    if states is None or not group["stepwise"] or any("stepwise" not in s for s in states):
         return None
-    rows = _gather(states, "knots")
-    order, proposed, n_rejected, restless, jump = group["multistep"]
-    times = tuple(group["knot_times"])
-    return AdamsState(
-        t=times[0],
-        theta=rows[0],
-        times=times,
-        gradients=rows[1 : 1 + len(times)],
-        order=int(order),
-        proposed=float(proposed),
-        step_size=float(group["step_size"]),
-        n_rejected=int(n_rejected),
-        restless=bool(restless),
-        jump=float(jump),
-    )
+    name, n_times, *rest = group["stepwise"]
+    packed = Packed(tuple(rest[: int(n_times)]), _gather(states, "stepwise"), tuple(rest[int(n_times) :]))
+    return stepwise.unpack(stepwise.NAMES[int(name)], packed, rtol=rtol, atol=atol)
 
 
-def write_multistep(
-    optimizer: Optimizer, active: ActiveParameters, method: FlowMethod, state: AdamsState, owed: float
-) -> None:
+def write_stepwise(optimizer: Optimizer, active: ActiveParameters, state: StepwiseState, owed: float) -> None:
     """Keep where a flow with one gradient per call stands, and the flow time that its calls were short of."""
-    _scatter(optimizer, active, "knots", torch.cat([state.theta[None], state.gradients]), knot_rows(method))
-    numbers = [state.order, state.proposed, state.n_rejected, state.restless, state.jump]
     forget(optimizer, state.t, state.step_size)
-    _write_numbers(
-        optimizer, knot_times=list(state.times), multistep=[float(x) for x in numbers], owed=owed, moved_at=_speeds(optimizer)
-    )
+    packed = stepwise.pack(state)
+    _scatter(optimizer, active, "stepwise", packed.rows, len(packed.rows))
+    numbers = [stepwise.NAMES.index(stepwise.name_of(state)), len(packed.times), *packed.times, *packed.numbers]
+    _write_numbers(optimizer, stepwise=[float(x) for x in numbers], owed=owed, moved_at=_speeds(optimizer))
 
 
 def forget(optimizer: Optimizer, flow_time: float, next_step_size: float | None = None) -> None:
     """Keep flow time and step size only: the next step starts anew."""
     known = step_size(optimizer) if next_step_size is None else next_step_size
+    for state in optimizer.state.values():
+        state.pop("stepwise", None)
     _write_numbers(
         optimizer,
         **{**copy.deepcopy(DEFAULTS), "flow_time": flow_time, "step_size": known or 0.0},
@@ -207,7 +195,8 @@ def _states(optimizer: Optimizer, active: ActiveParameters, method: FlowMethod) 
         return None
     states = [optimizer.state[p] for p in active.tensors]
     for state in states:
-        if "slope" not in state or state["knots"].shape[0] != knot_rows(method) or state["knots"].dtype != active.layout.dtype:
+        knots = state["knots"].shape[0] if "knots" in state else 0
+        if "slope" not in state or knots != 2 * method.n_knots or state["slope"].dtype != active.layout.dtype:
             return None
     return states
 

@@ -7,20 +7,20 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from torch_gradflow.checks import check_count, check_number
-from torch_gradflow.flow import adams
-from torch_gradflow.flow.adams import AdamsState
+from torch_gradflow.flow import stepwise
 from torch_gradflow.flow.continuation import Continuation, Piece, advance
 from torch_gradflow.flow.integrate import FlowRun, check_arguments, failure_message, tolerances
 from torch_gradflow.flow.method import FlowMethod
 from torch_gradflow.flow.methods import find_method
 from torch_gradflow.flow.progress import Progress
 from torch_gradflow.flow.solution import Choice, FlowReport, FlowSolution, Knot, add_choices
+from torch_gradflow.flow.stepwise import StepwiseState
 from torch_gradflow.flow.stopping import StoppingRule
 from torch_gradflow.objectives.base import ClosureError, Objective
 from torch_gradflow.objectives.contract import agree
@@ -50,7 +50,8 @@ class FlowStats:
         grad_norm: ‖∇L‖ in the infinity norm at the same point (of the regularised loss, if it is regularised).
         step_size: The integrator's next step size, in flow time.
         status: "t_end" after a complete step; else why it ended before, see ``FlowSolution.status``; in the fallback what
-            became of the last proposal: "begun", "accepted", "rejected", "confirmed" or "changed", see ``flow.adams``.
+            became of the last proposal: "begun", "refined", "accepted", "rejected", "confirmed" or "changed", see
+            ``flow.bdf_secant.advance``.
         message: The same as a sentence.
         n_closure: Calls of the closure.
         n_grad: Gradients, those of the closure and of replays.
@@ -90,7 +91,7 @@ class GradientFlow(ClosureOptimizer):
     of one pass stands for one fixed objective within a step. That pass runs once per step; everything else is computed from
     a record of it, as long as that record reproduces the gradient that the pass itself left in ``.grad`` (see
     ``torch_gradflow.objectives.loop`` and ``.closure``). Where it does not, a closure is called again; a plain loop falls
-    back, with a warning, to one gradient per call (``torch_gradflow.flow.adams``): ``lr`` then caps the flow time of a call,
+    back, with a warning, to one gradient per call (``fallback``): ``lr`` then caps the flow time of a call,
     ``flow_time`` is how far the flow came, and the parameters are the point at which it wants the next gradient, within the
     tolerance or nearly so; ``synchronize`` puts the last accepted point into them.
 
@@ -121,6 +122,8 @@ class GradientFlow(ClosureOptimizer):
         check: Check the closure's contract on the first step, with two more calls of it; of a loop only that its gradients
             are those of the loss, with one more gradient.
         record: Whether ``zero_grad()`` records the forward pass that follows, for ``step()`` without a closure.
+        fallback: The method with one gradient per call: "bdf-secant", for stiff flows, or "adams-bashforth", which is explicit
+            and keeps four vectors only. "auto" is the former up to a million parameters.
         max_evals: Gradients that one ``step`` may spend before it stops early with status "max_evals".
 
     Attributes:
@@ -146,9 +149,13 @@ class GradientFlow(ClosureOptimizer):
         engine: Engine = "auto",
         check: bool = True,
         record: bool = True,
+        fallback: Literal["auto", "bdf-secant", "adams-bashforth"] = "auto",
         max_evals: int = 10_000,
     ) -> None:
         self._method: FlowMethod = find_method(method)
+        if fallback not in ("auto", *stepwise.NAMES):
+            raise ValueError(f"fallback must be one of 'auto', {', '.join(map(repr, stepwise.NAMES))}, not {fallback!r}.")
+        self._fallback = fallback
         check_count("max_evals", max_evals)
         self._rtol, self._atol, self._max_evals = rtol, atol, max_evals
         # The flow's own numbers stand in the groups, where state_dict and checkpoints keep them.
@@ -165,7 +172,7 @@ class GradientFlow(ClosureOptimizer):
         self.solution: FlowSolution | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_method", "_rtol", "_atol", "_max_evals")
+        own = ("_method", "_rtol", "_atol", "_fallback", "_max_evals")
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -213,7 +220,7 @@ class GradientFlow(ClosureOptimizer):
                 return self._fall_back(str(why), recording, active, problem, theta, silent=silent)
             except FloatingPointError:
                 # A proposal may lie where the loss is not finite: that is the fallback's to judge.
-                if closure is not None or theta is None or not self.param_groups[0]["multistep"]:
+                if closure is not None or theta is None or not self.param_groups[0]["stepwise"]:
                     raise
                 return self._fall_back(self.stats.engine_reason, recording, active, problem, theta)
 
@@ -227,7 +234,7 @@ class GradientFlow(ClosureOptimizer):
     ) -> Any:
         """A step along the flow of the closure's or the loop's objective."""
         known = None if theta is None else carried.read(self, active, self._method)
-        behind = None if theta is None else carried.read_multistep(self, active, self._method)
+        behind = None if theta is None else self._behind(active)
 
         def is_expected(loss: Tensor, gradient: Tensor, theta: Tensor) -> bool:
             if known is None:
@@ -276,15 +283,15 @@ class GradientFlow(ClosureOptimizer):
         return opened.loss if opened.returned is None else opened.returned
 
     def _go_on_from(
-        self, behind: AdamsState, here: Knot, objective: Objective, active: ActiveParameters
+        self, behind: StepwiseState, here: Knot, objective: Objective, active: ActiveParameters
     ) -> tuple[Knot, float]:
         """Where the flow goes on after the fallback, and how much flow time its calls were short of, if they were silent.
 
         That is the last accepted point if the objective is still the same, else the point that stands in the parameters.
         """
-        loss, gradient = objective.loss_and_gradient(behind.theta)
-        if agree((loss, gradient), (loss, behind.gradients[0]), active.layout):
-            return Knot(behind.t, behind.theta, loss, gradient), float(self.param_groups[0]["owed"])
+        loss, gradient = objective.loss_and_gradient(behind.accepted)
+        if agree((loss, gradient), (loss, behind.known), active.layout) or behind.is_known(gradient):
+            return Knot(behind.t, behind.accepted, loss, gradient), float(self.param_groups[0]["owed"])
         return replace(here, t=behind.t + behind.proposed), 0.0
 
     def _announce(self, why: NoRecord) -> bool:
@@ -305,8 +312,8 @@ class GradientFlow(ClosureOptimizer):
             return False
         if not chosen:
             self._memory.warn_once(
-                f"step() without a closure goes on with one gradient per call (Adams-Bashforth), because {reason}. lr only "
-                "caps the flow time of such a step: see flow_time."
+                f"step() without a closure goes on with one gradient per call, because {reason}. lr only caps the flow time "
+                "of such a step: see flow_time."
             )
         return True
 
@@ -322,32 +329,43 @@ class GradientFlow(ClosureOptimizer):
     ) -> Tensor | None:
         """A step with the one gradient that the loop left in ``.grad``; a silent one will be made up for in full."""
         loss = None if recording is None or recording.loss is None else recording.loss.detach()
-        behind = None if theta is None else carried.read_multistep(self, active, self._method)
+        behind = None if theta is None else self._behind(active)
         theta = active.layout.flatten(active.tensors) if theta is None else theta
         found = active.layout.gradient(active.tensors)
         _, gradient = problem.dress(found.new_zeros(()), found, theta)
-        rtol, atol, _ = tolerances(self._rtol, self._atol, active.layout.resolution())
+        rtol, atol = self._stepwise_tolerances(active)
         cap = problem.reference
         t = self.flow_time
         verdict: str
         if behind is None:
-            state, verdict = adams.begin(t, theta / problem.scale, gradient, cap=cap, rtol=rtol, atol=atol), "begun"
+            name = stepwise.choose(len(theta)) if self._fallback == "auto" else self._fallback
+            state = stepwise.begin(name, t, theta / problem.scale, gradient, cap=cap, rtol=rtol, atol=atol)
+            verdict = "begun"
         else:
-            state, verdict = adams.advance(behind, gradient, cap=cap, rtol=rtol, atol=atol)
+            state, verdict = stepwise.advance(behind, gradient, cap=cap, rtol=rtol, atol=atol)
         self._initialise_state()
         proposal = state.proposal() * problem.scale
         active.layout.write(proposal, active.tensors)
         owed = (float(self.param_groups[0]["owed"]) if behind is not None else 0.0) + cap - (state.t - t) if silent else 0.0
-        carried.write_multistep(self, active, self._method, state, owed)
+        carried.write_stepwise(self, active, state, owed)
         self._keep_theta(active, proposal)
         self._memory.program = None
         message = f"One gradient per call, because {reason}: the last proposal was {verdict}, t = {state.t:.6g}."
-        self._note("fallback", reason, "adams-bashforth", verdict, message, state.step_size)
+        self._note("fallback", reason, stepwise.name_of(state), verdict, message, state.step_size)
         self.stats.loss = math.nan if loss is None else float(loss)
         self.stats.grad_norm = float((gradient / problem.scale).abs().max())
         self.stats.n_accepted += verdict == "accepted"
         self.stats.n_rejected += verdict == "rejected"
         return loss
+
+    def _behind(self, active: ActiveParameters) -> StepwiseState | None:
+        """Where the flow with one gradient per call stands, or None."""
+        rtol, atol = self._stepwise_tolerances(active)
+        return carried.read_stepwise(self, active, self._method, rtol=rtol, atol=atol)
+
+    def _stepwise_tolerances(self, active: ActiveParameters) -> tuple[float, float]:
+        rtol, atol, _ = tolerances(self._rtol, self._atol, active.layout.resolution())
+        return rtol, atol
 
     @torch.no_grad()
     def synchronize(self) -> None:
@@ -360,13 +378,13 @@ class GradientFlow(ClosureOptimizer):
         active = self._active()
         if active is None or self._known_theta(active) is None:
             return
-        state = carried.read_multistep(self, active, self._method)
+        state = self._behind(active)
         if state is None or not state.proposed:
             return
-        theta = state.theta * self._problem(active).scale
+        theta = state.accepted * self._problem(active).scale
         active.layout.write(theta, active.tensors)
         owed = float(self.param_groups[0]["owed"])
-        carried.write_multistep(self, active, self._method, replace(state, proposed=0.0), owed)
+        carried.write_stepwise(self, active, state.asking(), owed)
         self._keep_theta(active, theta)
 
     def integrate(
@@ -430,7 +448,7 @@ class GradientFlow(ClosureOptimizer):
     ) -> FlowSolution:
         problem = self._problem(active)
         theta = self._known_theta(active)
-        behind = None if theta is None else carried.read_multistep(self, active, self._method)
+        behind = None if theta is None else self._behind(active)
         t = self.flow_time + (0.0 if behind is None else behind.proposed)
         with self._open(closure, recording, active, theta=theta) as (opened, accepted):
             objective, start = problem.field(opened, t)
