@@ -20,13 +20,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import RECORDED, flat, make_closure
+from problems import RECORDED, NumpyPerceptron, flat, make_closure, teacher_student
 from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector, vector_to_parameters
 from torch.utils.data import DataLoader, TensorDataset
 
 from torch_gradflow import ClosureError, GradientFlow, GradientFlowWarning, ModuleObjective, NewtonPolish, integrate
+from torch_gradflow.flow import stepwise
 
 LR = 0.3
 # Errors of θ relative to its size: what rtol=1e-6 (float64) and 1e-4 (float32) may cost in a few steps.
@@ -1580,22 +1581,71 @@ def test_the_loops_of_the_example_differ_in_the_line_of_the_optimizer_only() -> 
     ]
 
 
-def test_error_of_the_fallback_follows_the_tolerance() -> None:
+@pytest.mark.parametrize("fallback", ["bdf-secant", "adams-bashforth"])
+def test_error_of_the_fallback_follows_the_tolerance(fallback: Any) -> None:
     """rtol a hundred times smaller: an error some thirty times smaller, as for any method of order 3 (100^(3/4) = 32)."""
     x, y = data()
     errors = []
     for rtol in (1e-4, 1e-6, 1e-8):
         model = network()
-        optimizer = GradientFlow(model.parameters(), lr=10.0, rtol=rtol, record=False)
+        optimizer = GradientFlow(model.parameters(), lr=10.0, rtol=rtol, record=False, fallback=fallback)
         while optimizer.flow_time < 3.0:
             optimizer.zero_grad()
             F.mse_loss(model(x), y).backward()
             optimizer.step()
         optimizer.synchronize()
-        assert optimizer.stats.engine == "fallback"
+        assert optimizer.stats.engine == "fallback" and optimizer.stats.method == fallback
         errors.append(distance(model, flow_end(network(), mse(x, y), optimizer.flow_time)))
     assert errors[0] > 10 * errors[1] > 100 * errors[2]
     assert errors[2] < 1e-6
+
+
+def test_a_stiff_flow_is_followed_by_one_gradient_per_call() -> None:
+    """Against Radau on derivatives in numpy: to t = 300 (stability would keep explicit steps below 0.1: thousands of calls).
+
+    In all calls the parameters are close to the trajectory: at predicted points, or at nearly converged ones.
+    """
+    model, x, y = teacher_student(1, n_samples=100)
+    problem = NumpyPerceptron(x, y, 8)
+    true = solve_ivp(
+        lambda t, theta: -problem.loss_and_gradient(theta)[1],
+        (0.0, 1e4),
+        flat(model).numpy(),
+        method="Radau",
+        rtol=1e-9,
+        atol=1e-11,
+        dense_output=True,
+    ).sol
+    optimizer = GradientFlow(model.parameters(), lr=1e9, rtol=1e-6, record=False)
+    n_calls, worst = 0, 0.0
+    while optimizer.flow_time < 300 and n_calls < 600:
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+        n_calls += 1
+        near = np.linspace(0.5 * optimizer.flow_time, 1.5 * optimizer.flow_time + 1e-3, 300)
+        distances = np.linalg.norm(true(near).T - flat(model).numpy(), axis=1) / np.linalg.norm(true(near), axis=0)
+        worst = max(worst, float(distances.min()))
+    assert optimizer.stats.method == "bdf-secant"
+    assert n_calls < 500
+    assert worst < 1e-2
+    optimizer.synchronize()
+    end = torch.from_numpy(true(optimizer.flow_time))
+    assert distance(model, end) < 3e-5
+
+
+def test_many_parameters_fall_back_to_the_method_that_keeps_few_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = data()
+    monkeypatch.setattr(stepwise, "MOST_PARAMETERS", 3)
+    model = network()
+    optimizer = GradientFlow(model.parameters(), lr=LR, record=False)
+    passes(optimizer, lambda: F.mse_loss(model(x), y), 3)
+    assert optimizer.stats.method == "adams-bashforth"
+
+
+def test_fallback_must_be_known() -> None:
+    with pytest.raises(ValueError, match="fallback must be one of 'auto', 'bdf-secant', 'adams-bashforth', not 'euler'"):
+        GradientFlow(network().parameters(), fallback="euler")  # type: ignore[arg-type]
 
 
 def test_a_step_of_the_fallback_that_is_too_long_is_rejected_and_recovered() -> None:

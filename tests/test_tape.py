@@ -1382,9 +1382,10 @@ def test_frozen_copy_of_the_model_as_target(loop: Loop) -> None:
     assert stats.engine in RECORDED or (stats.engine_reason and said)
 
 
-def test_state_dict_in_mid_fallback_continues_bit_for_bit() -> None:
+@pytest.mark.parametrize("fallback", ["bdf-secant", "adams-bashforth"])
+def test_state_dict_in_mid_fallback_continues_bit_for_bit(fallback: str) -> None:
     """Saved, loaded into a new optimizer, and continued: the same parameters to the last bit."""
-    whole, half = Loop(record=False), Loop(record=False)
+    whole, half = Loop(record=False, fallback=fallback), Loop(record=False, fallback=fallback)
     for _ in range(12):
         whole.step()
     for _ in range(5):
