@@ -84,6 +84,18 @@ def test_parallel_lines_are_their_distance_apart() -> None:
     assert found.spacing == pytest.approx(0.0005**2 / 4)
 
 
+def test_samples_that_differ_by_rounding_alone_do_not_end_the_descent() -> None:
+    """A reference that stands still for some samples, up to rounding, before it goes on."""
+    t = torch.arange(12, dtype=torch.float64)
+    wobble = torch.tensor([0.0, 1, 0, 2, 1, 3]) * torch.finfo(torch.float64).eps
+    steps = torch.cat([1 + wobble, 1 + 0.1 * torch.arange(1, 7, dtype=torch.float64)])
+    reference = Curve(t, torch.stack([steps, torch.ones(12, dtype=torch.float64)], dim=1))
+    point = Curve(t[:1], torch.tensor([[1.4, 1.0]], dtype=torch.float64))
+    found = trajectory_distance(point, reference)
+    assert found.matches.tolist() == [9]
+    assert found.distance < 1e-20
+
+
 def test_a_trajectory_that_goes_on_beyond_the_reference_is_cut() -> None:
     t = torch.linspace(0, 1, 101, dtype=torch.float64)
     found = trajectory_distance(Curve(3 * t, 3 * t[:, None]), Curve(t, t[:, None]))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from fractions import Fraction
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch_gradflow import integrate
 from torch_gradflow.flow import bdf_cg
 from torch_gradflow.flow import integrate as driver
 from torch_gradflow.flow.energy import dissipation_error
+from torch_gradflow.flow.rounding import gradient_noise
 from torch_gradflow.flow.solution import FlowReport, FlowSolution
 from torch_gradflow.objectives.base import Objective
 from torch_gradflow.objectives.function import FunctionObjective
@@ -362,6 +364,55 @@ def test_energy_of_few_or_broken_points() -> None:
     assert math.isnan(dissipation_error([(0.0, 1.0, 0.0), (1.0, math.nan, 3.0)]))
     # L = 1 − t with ‖∇L‖² = 1, with a point twice.
     assert dissipation_error([(0.0, 1.0, 1.0), (1.0, 0.0, 1.0), (1.0, 0.0, 1.0), (2.0, -1.0, 1.0)]) < 1e-2
+
+
+# Rounding
+
+
+def line(offset: float, slow: float = 1.0) -> tuple[FunctionObjective, Tensor, Tensor, Tensor]:
+    """Squared errors of θ₀ x + θ₁ s x³ to targets, to both of which a number was added that rounding remembers."""
+    x = torch.linspace(-1, 1, 40, dtype=torch.float64)
+    raised = x.cos() + offset
+    inputs = torch.stack([x, slow * x**3])
+    objective = FunctionObjective(
+        lambda: (lambda theta: 0.5 * (theta @ inputs + offset - raised).square().mean(),),
+        2,
+        torch.float64,
+        torch.device("cpu"),
+    )
+    return objective, torch.tensor([1.0, -0.5], dtype=torch.float64), inputs, raised
+
+
+def test_gradient_noise_is_that_of_exact_arithmetic() -> None:
+    """Root mean square of the rounding error in a direction, against rational arithmetic."""
+    objective, theta, inputs, raised = line(1e6)
+    direction = torch.tensor([0.6, 0.8], dtype=torch.float64)
+    rows = [[Fraction(v) for v in row] for row in inputs.tolist()]
+    targets = [Fraction(v) for v in raised.tolist()]
+
+    def error(point: Tensor) -> float:
+        a, b = (Fraction(v) for v in point.tolist())
+        residuals = [a * u + b * v + 10**6 - y for u, v, y in zip(*rows, targets, strict=True)]
+        exact = [sum(r * v for r, v in zip(residuals, row, strict=True)) / len(targets) for row in rows]
+        found = objective.loss_and_gradient(point)[1]
+        off = torch.tensor([float(Fraction(f) - e) for f, e in zip(found.tolist(), exact, strict=True)])
+        return float(off.double() @ direction)
+
+    generator = torch.Generator().manual_seed(1)
+    points = [theta * (1 + 1e-8 * torch.randn(2, generator=generator, dtype=torch.float64)) for _ in range(30)]
+    true = float(torch.tensor([error(point) for point in points]).std())
+    found = gradient_noise(objective, theta, direction)
+    assert true / 4 < found < 4 * true
+
+
+def test_rounding_of_a_long_flow_is_named() -> None:
+    """Along a direction in which the flow is still on its way; where it came to rest errors do not add up."""
+    objective, theta, *_ = line(1e6, 1e-5)
+    said = integrate(objective, theta, (0.0, 1e10), method="bdf", rtol=1e-8).message
+    assert "Rounding errors of the gradient" in said
+    assert "more than rtol = 1.0e-08 asks for" in said
+    for objective, theta, *_ in (line(0.0, 1e-5), line(1e6)):
+        assert "Rounding" not in integrate(objective, theta, (0.0, 1e10), method="bdf", rtol=1e-8).message
 
 
 @pytest.mark.slow

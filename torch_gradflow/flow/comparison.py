@@ -114,11 +114,15 @@ def _match(points: Tensor, curve: Tensor) -> tuple[list[int], list[float]]:
 
 
 def _descend(point: Tensor, curve: Tensor, start: int) -> tuple[int, float]:
-    """The index from which on ‖curve − point‖² grows, at ``start`` or later, and its value there; block by block."""
+    """The index from which on ‖curve − point‖² grows, at ``start`` or later, and its value there; block by block.
+
+    Growth within rounding errors is none: samples that differ by these alone would end the descent.
+    """
     size = FIRST_BLOCK
+    rounding = 8 * torch.finfo(curve.dtype).eps * float(point.norm())
     while True:
         squares = (curve[start : start + size] - point).square().sum(1)
-        grows = (squares[1:] > squares[:-1]).nonzero()
+        grows = (squares[1:] - squares[:-1] > rounding * squares[:-1].sqrt()).nonzero()
         step = int(grows[0]) if len(grows) else len(squares) - 1
         if len(grows) or start + step == len(curve) - 1:
             return start + step, float(squares[step])

@@ -22,6 +22,7 @@ from torch_gradflow.flow.energy import dissipation_error
 from torch_gradflow.flow.method import Arrival, FlowMethod, Interpolant, Memory, RunEnd, Span, n_evaluations
 from torch_gradflow.flow.methods import find_method
 from torch_gradflow.flow.progress import Progress, as_progress, check_progress
+from torch_gradflow.flow.rounding import rounding_note
 from torch_gradflow.flow.solution import Choice, FlowReport, FlowSolution, Knot, Status
 from torch_gradflow.flow.stopping import StoppingRule, begin_all
 from torch_gradflow.objectives.base import EvaluationCounts, Objective, check_start
@@ -221,6 +222,7 @@ class FlowRun:
             raise FloatingPointError(f"loss {float(loss)} or its gradient is not finite at theta0; start elsewhere.")
         first = Knot(self._t0, theta0.detach().clone(), loss, gradient)
         self.last = first
+        self._last_move = torch.zeros_like(first.theta)
         self._approximate = False
         # The last accepted points that interpolate by their slopes, each with whether its slope is approximate.
         self._recent: list[tuple[Knot, bool]] = [(first, False)]
@@ -269,6 +271,8 @@ class FlowRun:
                 return
             end = self._integrate()
             with self._wholly():
+                if end.knot.t > self.last.t:
+                    self._last_move = end.knot.theta - self.last.theta
                 self.last = replace_gradient(end.knot, self._objective) if end.approximate else end.knot
                 self._approximate = False
                 self._end, self._step_size, self._memory = end, end.step_size, end.memory
@@ -278,6 +282,9 @@ class FlowRun:
                 self._sample_end()
             self.status, self.message = self._describe(end)
             self._save()
+            elapsed = self.last.t - self._t0
+            note = rounding_note(self._objective, self.last.theta, self._last_move, elapsed, self._rtol)
+            self.message = f"{self.message} {note}".rstrip()
         except KeyboardInterrupt:
             self._save()
             self.status = "interrupted"
@@ -346,6 +353,7 @@ class FlowRun:
     def _visit(self, arrival: Arrival) -> bool:
         with self._wholly():
             previous, self.last, self._approximate = self.last, arrival.knot, arrival.approximate
+            self._last_move = arrival.knot.theta - previous.theta
             self._n_accepted += 1
             self._step_size = arrival.step_size
             self._note_energy(arrival.knot)
