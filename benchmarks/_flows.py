@@ -191,7 +191,7 @@ PROBLEMS = (
         lambda seed: student(seed, n_samples=1000, n_inputs=4, n_student=100),
         (1.0, 10.0, 1e3, 1e5),
         2e-6,
-        both((1e-5, 1e-6, 1e-7), "auto", "bdf-cg", "bdf-secant")
+        both((1e-5, 1e-6, 1e-7, 1e-8), "auto", "bdf-cg", "bdf-secant")
         | both((1e-6, 1e-7), "bdf", "LSODA", "BDF")
         | both((1e-7, 1e-8), "CVODE dense", "CVODE gmres"),
         ("bdf-cg", 1e-10, 1e-9),
@@ -202,7 +202,8 @@ PROBLEMS = (
         lambda seed: student(seed, n_samples=10_000, n_inputs=4, n_student=100),
         (1.0, 10.0, 1e3, 1e5),
         2e-6,
-        both((1e-6, 1e-7), "auto", "bdf-cg", "bdf-secant", "LSODA", "BDF")
+        both((1e-7, 1e-8), "auto", "bdf-cg", "bdf-secant")
+        | both((1e-6, 1e-7), "LSODA", "BDF")
         | both((3e-8, 1e-8), "CVODE dense")
         | both((2e-7, 5e-8), "CVODE gmres"),
         ("bdf-cg", 1e-10, 1e-9),
