@@ -34,6 +34,7 @@ from derivatives import commit, settle
 from torch import Tensor
 
 from torch_gradflow import WallTime, integrate
+from torch_gradflow.flow.bdf_secant import DENSE_LIMIT
 from torch_gradflow.flow.methods import METHODS
 
 HERE = File(__file__).parent
@@ -84,7 +85,10 @@ def our_path(method: str, row: Row | None = None) -> Peer:
         if row is not None:
             row.choices = [(choice.t, choice.method, choice.reason) for choice in solution.choices]
         n = int(np.isin(solution.t.numpy(), task.times).sum())
-        return Path(solution.theta.numpy()[:n], "" if solution.status == "t_end" else solution.message)
+        # bdf-secant factors its matrix once per step; from rank-one changes on many parameters nothing is factored.
+        steps = solution.n_accepted + solution.n_rejected
+        n_factor = steps if method == "bdf-secant" and solution.theta.shape[1] <= DENSE_LIMIT else 0
+        return Path(solution.theta.numpy()[:n], "" if solution.status == "t_end" else solution.message, n_factor=n_factor)
 
     return run
 
@@ -171,7 +175,8 @@ def run(row: Row, task: Task, reference: np.ndarray) -> None:
     row.counts = {"gradient": spent["n_grad"], "hvp": spent["n_hvp"], "hessian": spent["n_hessian"]}
     if path.gradients is not None:
         row.counts["gradient"] = path.gradients
-    row.counts |= {"eigh": eigh[0], "cholesky": max(0, spent["n_hessian"] - eigh[0])} if ours else {"lu": path.n_factor}
+    n_factor = max(0, spent["n_hessian"] - eigh[0]) + path.n_factor
+    row.counts |= {"eigh": eigh[0], "cholesky": n_factor} if ours else {"lu": path.n_factor}
     row.seconds.append(path.seconds if path.seconds is not None else seconds)
     row.errors, row.status = relative_errors(path.theta, reference), path.status
 

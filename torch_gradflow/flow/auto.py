@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 from torch_gradflow.flow.bdf_cg import DENSE_LIMIT
+from torch_gradflow.flow.bdf_secant import DENSE_LIMIT as MATRIX_LIMIT
+from torch_gradflow.flow.bdf_secant import RANK
 from torch_gradflow.flow.continuation import replace_gradient
 from torch_gradflow.flow.dense import Clock
 from torch_gradflow.flow.method import Arrival, Derivative, FlowMethod, Memory, RunEnd, Span, Visit, n_evaluations
@@ -34,7 +36,7 @@ from torch_gradflow.objectives.base import DerivativeError, EvaluationCounts, Ob
 _T = TypeVar("_T")
 
 # The method of the first steps: it needs nothing but gradients, and pieces that are shorter see no other.
-FIRST, FIRST_STEPS = "dopri5", 12
+FIRST, FIRST_STEPS = "dopri5", 8
 # Methods whose steps the largest curvature limits, not accuracy.
 STABILITY_LIMITED = ("dopri5", "rkc2")
 # Exponential steps take an eigendecomposition each: beyond so many parameters it outweighs what they save.
@@ -42,7 +44,7 @@ EXPONENTIAL_LIMIT = 400
 # Accepted steps of a trial, and how many of them are left out of its judgement while a method finds its order and step.
 TRIAL, WARM_UP = {True: 18, False: 5}, {True: 12, False: 2}
 # A method takes over if it pays less than this fraction of what the one in charge pays.
-TAKE_OVER = 0.9
+TAKE_OVER = 0.7
 # Backward differentiation takes over if it pays less than this: its trial begins on foreign points, and it gets better. And
 # exponential steps, where the gradient does not grow, only below this: what they gain in curved valleys does not last.
 LENIENT, STRICT = 1.3, 0.6
@@ -50,16 +52,21 @@ LENIENT, STRICT = 1.3, 0.6
 BEFORE_STIFFNESS = 2.0
 # The gradient grows (negative curvature along the flow: a saddle is being left) if it did so in most of the last five steps.
 GROWING, FORGETTING = 2.8, 0.8
-# A method that lost is tried again after this many times what a trial costs; twice as many each time it loses.
-FIRST_WAIT, MAX_WAIT = 12.0, 400.0
+# A method that lost is tried again after this many times what a trial costs; twice as many each time it loses. The former is
+# for explicit methods in charge, the latter for those that stiffness does not hold up.
+FIRST_WAIT, SETTLED_WAIT, MAX_WAIT = 12.0, 100.0, 400.0
 # A trial ends early where it pays this many times as much.
 HOPELESS = 4.0
 # Backward differentiation is in trouble when so many of its last (about fifteen) steps took a rejection.
 TROUBLE, REMEMBERED = 2.5, 0.93
 # Calls that take so many seconds are timed once.
 SLOW = 0.02
-# Seconds per gradient, and per gradient and squared number of parameters, that "bdf-secant" spends on its own arithmetic.
+# Seconds per gradient, and per gradient and number kept of the Hessian, that "bdf-secant" spends on its own arithmetic.
 SECANT_CALL, SECANT_ENTRY = 1.5e-4, 7e-9
+# Ways of backward differentiation that are expected to take no more than so many times the cheapest one's cost are tried, too.
+RIVAL = 2.5
+# Steps that a multistep method in charge takes before others may try: it begins with short ones of low order.
+SETTLE = 40
 # How much the latest step counts in what is paid.
 LATEST = 0.2
 
@@ -114,30 +121,34 @@ class Costs:
         return self.cholesky if method == "bdf" else self.eigh
 
 
-def best_differentiation(costs: Costs, n_parameters: int, known: Sequence[str]) -> tuple[str, str]:
-    """The way in which backward differentiation is cheapest per step, and why.
+def secant_arithmetic(n_parameters: int) -> float:
+    """Seconds per gradient that "bdf-secant" spends itself."""
+    return SECANT_CALL + SECANT_ENTRY * n_parameters * (n_parameters if n_parameters <= MATRIX_LIMIT else 4 * RANK)
 
-    Their steps are the same. Per step, "bdf" takes one Hessian and its factorisation, "bdf-cg" a gradient, about 3.5 products
-    and every twelfth time a Hessian and its eigendecomposition (about 25 products and no Hessian beyond ``DENSE_LIMIT``), and
-    "bdf-secant" about 5 gradients and some arithmetic of its own, as measured on networks of 33 to 601 parameters.
+
+def differentiations(costs: Costs, n_parameters: int, known: Sequence[str]) -> dict[str, float]:
+    """What a step of backward differentiation is expected to cost in each of its ways, the cheapest first.
+
+    Their steps are the same. Per step, "bdf" takes one Hessian and its factorisation, "bdf-cg" a gradient, about 4 products
+    and every seventh time a Hessian and its eigendecomposition (about 25 products and no Hessian beyond ``DENSE_LIMIT``), and
+    "bdf-secant" about 4.5 gradients and some arithmetic of its own, as measured on networks of 33 to 601 parameters.
 
     Args:
         costs: What was measured.
         n_parameters: P.
         known: The methods that may serve.
+
+    Returns:
+        Seconds per step, of the known methods that are possible.
     """
     dense = not math.isnan(costs.hessian)
-    arithmetic = SECANT_CALL + SECANT_ENTRY * min(n_parameters, DENSE_LIMIT) * n_parameters
-    per_step = {"bdf-secant": 5 * (costs.gradient + arithmetic)}
+    per_step = {"bdf-secant": 4.5 * (costs.gradient + secant_arithmetic(n_parameters))}
     if not math.isnan(costs.hvp):
-        products = 3.5 * costs.hvp + (costs.hessian + costs.eigh) / 12 if dense else 25 * costs.hvp
+        products = 4 * costs.hvp + (costs.hessian + costs.eigh) / 7 if dense else 25 * costs.hvp
         per_step["bdf-cg"] = costs.gradient + products
     if dense:
         per_step["bdf"] = costs.hessian + costs.cholesky
-    per_step = {name: cost for name, cost in per_step.items() if name in known}
-    name = min(per_step, key=per_step.__getitem__, default="")
-    listed = ", ".join(f"{m} {1e3 * c:.3g} ms" for m, c in sorted(per_step.items(), key=lambda item: item[1]))
-    return name, f"expected costs per step: {listed}"
+    return {name: cost for name, cost in sorted(per_step.items(), key=lambda item: item[1]) if name in known}
 
 
 @dataclass
@@ -229,7 +240,7 @@ class _Race:
         self._counts = replace(objective.counts)
         self._costs: Costs | None = None
         self._charge = self._current = FIRST
-        self._n_trial = self._n_steps = 0
+        self._n_trial = self._n_steps = self._n_in_charge = 0
         self._times: tuple[float, ...] = (start.t,)
         self._theta = start.theta[None]
         self._origin, self._unit = start.t, 0.0
@@ -303,7 +314,8 @@ class _Race:
         self._theta = torch.cat([knot.theta[None], self._theta[: MAX_POINTS - 1]])
         self._n_steps += 1
         self._note_growth(knot.gradient)
-        in_trouble = self._current == "bdf" and self._objective.counts.n_hessian - self._counts.n_hessian > 1
+        counts, before = self._objective.counts, self._counts
+        in_trouble = self._current == "bdf" and counts.n_hessian - before.n_hessian > 1
         self._trouble = REMEMBERED * self._trouble + in_trouble
         paid = self._spent()
         entrant = self._entrants[self._current]
@@ -318,7 +330,9 @@ class _Race:
         self._counts = replace(counts)
         if self._costs is None:
             return float(counts.n_grad - before.n_grad)
-        return self._costs.of(counts, before, self._costs.factorisation(self._current))
+        own = secant_arithmetic(self._objective.n_parameters) if self._current == "bdf-secant" else 0.0
+        spent = self._costs.of(counts, before, self._costs.factorisation(self._current))
+        return spent + own * (counts.n_grad - before.n_grad)
 
     def _log(self, t: float) -> float:
         return math.log1p((t - self._origin) / self._unit) if self._unit else 0.0
@@ -339,11 +353,14 @@ class _Race:
             else:
                 self._lose(f"{self._current} pays {entrant.rate / charge.rate:.2f} times as much")
             return
+        self._n_in_charge += 1
+        if entrant.method.n_points > 1 and self._n_in_charge < SETTLE:
+            return
         if self._trouble > TROUBLE:
             # Unstable modes, or a loss that is not smooth: others may do better.
             self._trouble = 0.0
-            for name, other in self._entrants.items():
-                if name in ("exprb53", "rkc2") and 0.2 * self._first_wait() <= other.since:
+            for other in self._entrants.values():
+                if 0.05 * self._first_wait() <= other.since:
                     self._hasten(other)
         due = [name for name, other in self._entrants.items() if name != self._charge and other.since >= other.wait]
         if due:
@@ -355,6 +372,8 @@ class _Race:
         if self._entrants[self._current].method.n_points > 1:
             if self._charge in STABILITY_LIMITED:
                 return BEFORE_STIFFNESS
+            if self._entrants[self._charge].method.n_points > 1:
+                return TAKE_OVER
             return TAKE_OVER if growing and self._charge == "exprb53" else LENIENT
         return STRICT if self._current == "exprb53" and not growing else TAKE_OVER
 
@@ -385,16 +404,21 @@ class _Race:
         span = self._times[: min(len(self._times), 6)]
         first.paid = 6.0 * (len(span) - 1) * self._costs.gradient
         first.gained = self._log(span[0]) - self._log(span[-1])
-        best, why = best_differentiation(self._costs, self._objective.n_parameters, tuple(self._entrants))
-        self._choices.append(Choice(self._times[0], self._charge, f"measured; {why}; others are tried"))
+        ways = differentiations(self._costs, self._objective.n_parameters, tuple(self._entrants))
+        best = next(iter(ways), "")
+        listed = ", ".join(f"{name} {1e3 * cost:.3g} ms" for name, cost in ways.items())
+        reason = f"measured; expected costs per step: {listed}; others are tried"
+        # Backward differentiation may not pay yet, but stiffness comes, and what it begins early it goes on with.
+        self._charge = self._current = best or self._charge
+        self._n_in_charge = 0
+        self._choices.append(Choice(self._times[0], self._charge, reason))
         small = self._objective.n_parameters <= EXPONENTIAL_LIMIT and not math.isnan(self._costs.hessian)
         others = [other for other in ("exprb53" if small else "", "rkc2") if other in self._entrants]
-        for other in others:
-            self._entrants[other].wait = 2 * self._first_wait() if best else 0.0
-        if best:
-            self._entrants[best].wait = 0.0
-        if self._n_steps >= FIRST_STEPS and (best or others):
-            self._try(best or others[0])
+        step = ways[best] if best else self._costs.gradient
+        for name in (FIRST, *others, *(name for name, cost in ways.items() if cost <= RIVAL * step)):
+            self._entrants[name].wait = self._wait_of(step)
+        if self._n_steps >= FIRST_STEPS and not best and others:
+            self._try(others[0])
 
     def _try(self, name: str) -> None:
         self._current, self._n_trial = name, 1
@@ -408,7 +432,7 @@ class _Race:
         for name, other in self._entrants.items():
             if name not in (self._charge, self._current) and math.isfinite(other.wait) and other.wait > 0:
                 other.wait = min(other.wait, 4 * self._first_wait())
-        self._charge, self._n_trial = self._current, 0
+        self._charge, self._n_trial, self._n_in_charge = self._current, 0, 0
         self._choices.append(Choice(self._times[0], self._charge, reason))
 
     def _lose(self, reason: str) -> None:
@@ -423,8 +447,11 @@ class _Race:
 
     def _first_wait(self) -> float:
         """What some trials of the method in charge would cost."""
-        charge = self._entrants[self._charge]
-        return FIRST_WAIT * charge.paid * LATEST * 6
+        return self._wait_of(self._entrants[self._charge].paid * LATEST)
+
+    def _wait_of(self, step: float) -> float:
+        """The same for a method in charge whose steps cost so much."""
+        return 6 * (FIRST_WAIT if self._charge in STABILITY_LIMITED else SETTLED_WAIT) * step
 
     def _drop_out(self) -> None:
         """Where second derivatives cannot be had after all, methods that need them leave the race."""
@@ -481,7 +508,7 @@ class _Race:
         names = list(self._entrants)
         costs = (0.0,) * 6 if self._costs is None else (1.0, *astuple(self._costs))
         numbers = [float(names.index(name)) for name in (self._charge, self._current)]
-        numbers += [float(self._n_trial), float(self._n_steps), self._origin, self._unit, *costs]
+        numbers += [float(self._n_trial), float(self._n_steps), float(self._n_in_charge), self._origin, self._unit, *costs]
         numbers += [self._trouble, self._growth, self._size]
         numbers += [number for entrant in self._entrants.values() for number in entrant.numbers()]
         kept = [name for name in dict.fromkeys((self._current, self._charge)) if self._entrants[name].memory is not None]
@@ -511,8 +538,8 @@ class _Race:
             return taken
 
         self._charge, self._current = (names[int(i)] for i in take(2))
-        n_trial, n_steps, self._origin, self._unit, measured, *costs = take(10)
-        self._n_trial, self._n_steps = int(n_trial), int(n_steps)
+        n_trial, n_steps, n_in_charge, self._origin, self._unit, measured, *costs = take(11)
+        self._n_trial, self._n_steps, self._n_in_charge = int(n_trial), int(n_steps), int(n_in_charge)
         self._trouble, self._growth, self._size = take(3)
         self._costs = Costs(*costs) if measured else None
         for entrant in self._entrants.values():
