@@ -39,7 +39,8 @@ def gradient_noise(objective: Objective, theta: Tensor, direction: Tensor) -> fl
         move = length * torch.randn(theta.shape, generator=generator, dtype=torch.float64).to(theta)
         there, opposite = (objective.loss_and_gradient(point)[1] for point in (theta + move, theta - move))
         sums.append(there @ direction + opposite @ direction)
-    return float(torch.stack(sums).std()) / 2**0.5
+    noise: float = torch.stack(sums).std().item() / 2**0.5
+    return noise
 
 
 def rounding_note(objective: Objective, theta: Tensor, move: Tensor, elapsed: float, rtol: float) -> str:
@@ -74,4 +75,5 @@ def _curvature(objective: Objective, theta: Tensor, direction: Tensor) -> float:
     if length == 0:
         return 0.0
     there, opposite = (objective.loss_and_gradient(theta + side * length * direction)[1] for side in (1, -1))
-    return float((there - opposite) @ direction) / (2 * length)
+    slope: float = ((there - opposite) @ direction).item() / (2 * length)
+    return slope
