@@ -9,22 +9,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_gradflow.objectives.least_squares import LeastSquares
+
+NO_RESIDUALS = "the loss of this objective is not known as a sum of squares."
+
 
 @dataclass
 class EvaluationCounts:
     """How often each derivative was evaluated.
 
     Attributes:
-        n_grad: Gradients, each with its loss; the backward pass that a closure ran itself is one.
+        n_grad: Gradients, each with its loss; the backward pass that a closure ran itself is one. So is a vector of residuals
+            (half a gradient's work), and a product with a transposed Jacobian.
         n_hvp: Hessian–vector products, one per vector.
         n_hessian: Dense Hessians.
         n_closure: Calls of the user's closure (0 where there is none).
+        n_jacobian: Jacobians of residuals, each with its triangular factor.
     """
 
     n_grad: int = 0
     n_hvp: int = 0
     n_hessian: int = 0
     n_closure: int = 0
+    n_jacobian: int = 0
 
 
 class Objective(ABC):
@@ -58,6 +65,31 @@ class Objective(ABC):
     @abstractmethod
     def hessian(self, theta: Tensor) -> Tensor:
         """The dense, symmetric H(θ) of shape ``(P, P)``."""
+
+    @property
+    def has_residuals(self) -> bool:
+        """Whether L(θ) = ½‖r(θ)‖² with known residuals r; the next three methods raise ``NotImplementedError`` where not."""
+        return False
+
+    def residuals(self, theta: Tensor) -> Tensor:
+        """r(θ), shape ``(M,)``."""
+        raise NotImplementedError(NO_RESIDUALS)
+
+    def pull_back(self, theta: Tensor, cotangent: Tensor) -> Tensor:
+        """J(θ)ᵀu for the Jacobian J of r and ``cotangent`` u of shape ``(M,)``; shape ``(P,)``."""
+        raise NotImplementedError(NO_RESIDUALS)
+
+    def least_squares(self, theta: Tensor) -> LeastSquares:
+        """L(θ), ∇L(θ) and the triangular factor of J(θ); counted as one Jacobian."""
+        raise NotImplementedError(NO_RESIDUALS)
+
+    def compensated(self) -> Objective:
+        """The same function, with loss and gradient rounded only once, where that is offered.
+
+        Raises:
+            NotImplementedError: With the reason, where it is not.
+        """
+        raise NotImplementedError("a compensated gradient is offered for perceptrons in closed form only.")
 
     def kind(self) -> tuple[Any, ...]:
         """What its costs depend on: objectives of the same kind take about as long."""

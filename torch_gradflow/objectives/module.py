@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from torch_gradflow.checks import check_count
-from torch_gradflow.objectives.base import EvaluationCounts
+from torch_gradflow.objectives.base import EvaluationCounts, Objective
 from torch_gradflow.objectives.calls import NotRecognised
 from torch_gradflow.objectives.contract import agree, only_rounding
 from torch_gradflow.objectives.function import FunctionObjective
+from torch_gradflow.objectives.least_squares import LeastSquares
 from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters
 from torch_gradflow.objectives.perceptron import WIDE, PerceptronObjective
 from torch_gradflow.objectives.recognition import joined, recognise
@@ -137,6 +138,32 @@ class ModuleObjective(FunctionObjective):
         """L(θ), ∇L(θ) and H(θ)."""
         fast = self._fast()
         return super().loss_gradient_hessian(theta) if fast is None else fast.loss_gradient_hessian(theta)
+
+    @property
+    def has_residuals(self) -> bool:
+        """Whether it is the squared error of a perceptron."""
+        fast = self._fast()
+        return fast is not None and fast.has_residuals
+
+    def residuals(self, theta: Tensor) -> Tensor:
+        """r(θ)."""
+        fast = self._fast()
+        return super().residuals(theta) if fast is None else fast.residuals(theta)
+
+    def pull_back(self, theta: Tensor, cotangent: Tensor) -> Tensor:
+        """J(θ)ᵀu."""
+        fast = self._fast()
+        return super().pull_back(theta, cotangent) if fast is None else fast.pull_back(theta, cotangent)
+
+    def least_squares(self, theta: Tensor) -> LeastSquares:
+        """L(θ), ∇L(θ) and the factor of J(θ)."""
+        fast = self._fast()
+        return super().least_squares(theta) if fast is None else fast.least_squares(theta)
+
+    def compensated(self) -> Objective:
+        """The closed form with loss and gradient compensated, for the data as they are now."""
+        fast = self._fast()
+        return super().compensated() if fast is None else fast.compensated()
 
     def _fast(self) -> PerceptronObjective | None:
         """The closed form, for the data as they are now."""

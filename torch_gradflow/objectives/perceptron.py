@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torch_gradflow.checks import check_number
-from torch_gradflow.objectives.base import EvaluationCounts, Objective
+from torch_gradflow.objectives.base import NO_RESIDUALS, EvaluationCounts, Objective
+from torch_gradflow.objectives.least_squares import LeastSquares
 from torch_gradflow.objectives.recognition import RecognisedPerceptron
 from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
-from torch_gradflow.perceptron.kernels import KernelName, choose_kernel
+from torch_gradflow.perceptron.kernels import CompensatedKernel, KernelName, choose_kernel, compensated_kernel
 
 WIDE = "its layers are so wide that torch's own backward pass is faster than the closed form"
 
@@ -58,9 +60,11 @@ class PerceptronObjective(Objective):
         self.resolution = torch.finfo(dtype).eps
         self.counts = EvaluationCounts() if counts is None else counts
         samples.check(network, loss)
+        self._loss = loss
         self._n_samples = samples.x.shape[1]
         self._kernel = choose_kernel(network, loss, samples.to(dtype), kernel)
         self.kernel = self._kernel.name
+        self._compensated: CompensatedKernel | None = None
         self._moving: Tensor | None = None
         self._inverse: Tensor | None = None
         self._frozen: Tensor | None = None
@@ -105,12 +109,30 @@ class PerceptronObjective(Objective):
 
     def kind(self) -> tuple[Any, ...]:
         """See ``Objective``."""
-        return *super().kind(), self.kernel, self.network.sizes, self._n_samples
+        return *super().kind(), self.kernel, self.network.sizes, self._n_samples, self._compensated is not None
+
+    def compensated(self) -> PerceptronObjective:
+        """This objective, with loss and gradient computed to 31 digits and then rounded.
+
+        So each element of the gradient at θ is known to half an ulp, where float64 leaves an error of about
+        ε Σ_n w_n |f_n| |∂f_n|; penalties are added in float64. (As θ itself is rounded to float64, no θ may have a gradient
+        much below ε ‖H‖ ‖θ‖; this tells how large it really is.) It takes 8 to 25 times as long. Counts are shared.
+
+        Raises:
+            NotImplementedError: Where that is not offered: other losses than the squared error, activations without
+                double-double formulas, kernels other than "numba", types other than float64.
+        """
+        if self.dtype != torch.float64:
+            raise NotImplementedError(f"a compensated gradient is of float64 parameters, not of {self.dtype}.")
+        precise = copy.copy(self)
+        precise._compensated = compensated_kernel(self.network, self._loss, self._kernel)
+        return precise
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """L(θ) and ∇L(θ)."""
         self.counts.n_grad += 1
-        loss, gradient = self._kernel.loss_and_gradient(self._phi(theta))
+        kernel = self._kernel if self._compensated is None else self._compensated
+        loss, gradient = kernel.loss_and_gradient(self._phi(theta))
         gradient = self._scaled(gradient if self._inverse is None else gradient[self._inverse])
         return (loss, gradient) if self._decay is None else self._decayed(theta, loss, gradient)
 
@@ -142,6 +164,8 @@ class PerceptronObjective(Objective):
         """L(θ), ∇L(θ) and H(θ) for the price of H(θ); counted as one Hessian."""
         self.counts.n_hessian += 1
         loss, gradient, hessian = self._kernel.loss_gradient_hessian(self._phi(theta))
+        if self._compensated is not None:
+            loss, gradient = self._compensated.loss_and_gradient(self._phi(theta))
         if self._inverse is not None:
             gradient, hessian = gradient[self._inverse], hessian[self._inverse][:, self._inverse]
         if self._scale is not None:
@@ -150,6 +174,46 @@ class PerceptronObjective(Objective):
             hessian.diagonal().add_(2 * self._decay)
             loss, gradient = self._decayed(theta, loss, gradient)
         return loss, gradient, hessian
+
+    @property
+    def has_residuals(self) -> bool:
+        """Whether it is the squared error, with penalties, if any, that are not negative."""
+        return self._loss.name == "squared error" and (self._decay is None or bool((self._decay >= 0).all()))
+
+    def residuals(self, theta: Tensor) -> Tensor:
+        """r_no = √(2 w_n) (f_o(x_n) − t_no), output by output, and √(2 c) θ where there is a penalty."""
+        self._check_residuals()
+        self.counts.n_grad += 1
+        residuals = self._kernel.residuals(self._phi(theta))
+        return residuals if self._decay is None else torch.cat([residuals, (2 * self._decay).sqrt() * theta])
+
+    def pull_back(self, theta: Tensor, cotangent: Tensor) -> Tensor:
+        """J(θ)ᵀu."""
+        self._check_residuals()
+        self.counts.n_grad += 1
+        own = self._n_samples * self.network.sizes[-1]
+        pulled = self._kernel.pull_back(self._phi(theta), cotangent[:own])
+        pulled = self._scaled(pulled if self._inverse is None else pulled[self._inverse])
+        return pulled if self._decay is None else pulled + (2 * self._decay).sqrt() * cotangent[own:]
+
+    def least_squares(self, theta: Tensor) -> LeastSquares:
+        """L(θ), ∇L(θ) and the factor of J(θ).
+
+        With N samples of O outputs it takes about 2 N O P² operations; measured, 3 to 7 times as long as the Hessian.
+        """
+        self._check_residuals()
+        self.counts.n_jacobian += 1
+        blocks = self._kernel.jacobian_blocks(self._phi(theta))
+        if self._inverse is not None:
+            places = torch.cat([self._inverse, self._inverse.new_tensor([self.network.n_parameters])])
+            blocks = (block[places] for block in blocks)
+        found = LeastSquares.of_blocks(blocks, theta.detach())
+        found = found if self._scale is None else found.scaled(self._scale)
+        return found if self._decay is None else found.with_decay(theta.detach(), 2 * self._decay)
+
+    def _check_residuals(self) -> None:
+        if not self.has_residuals:
+            raise NotImplementedError(NO_RESIDUALS)
 
     def _decayed(self, theta: Tensor, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         assert self._decay is not None

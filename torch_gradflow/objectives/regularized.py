@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torch_gradflow.objectives.base import EvaluationCounts, Objective
+from torch_gradflow.objectives.least_squares import LeastSquares
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,35 @@ class Regularized(Objective):
         loss, gradient, hessian = self._base.loss_gradient_hessian(theta)
         return *self._penalties.add(theta, loss, gradient), self._add_hessian(theta, hessian)
 
+    @property
+    def has_residuals(self) -> bool:
+        """Whether F is a sum of squares: weight decay is one, the barrier is not, nor is what is maximised."""
+        penalties = self._penalties
+        decays = penalties.weight_decay is None or bool((penalties.weight_decay >= 0).all())
+        return self._base.has_residuals and penalties.max_norm is None and penalties.sign == 1.0 and decays
+
+    def residuals(self, theta: Tensor) -> Tensor:
+        """Those of L, and √λ θ."""
+        decay, residuals = self._penalties.weight_decay, self._base.residuals(theta)
+        return residuals if decay is None else torch.cat([residuals, decay.sqrt() * theta])
+
+    def pull_back(self, theta: Tensor, cotangent: Tensor) -> Tensor:
+        """J(θ)ᵀu."""
+        decay = self._penalties.weight_decay
+        if decay is None:
+            return self._base.pull_back(theta, cotangent)
+        n = self.n_parameters
+        return self._base.pull_back(theta, cotangent[:-n]) + decay.sqrt() * cotangent[-n:]
+
+    def least_squares(self, theta: Tensor) -> LeastSquares:
+        """F(θ), ∇F(θ) and the factor of J(θ)."""
+        decay, base = self._penalties.weight_decay, self._base.least_squares(theta)
+        return base if decay is None else base.with_decay(theta, decay)
+
+    def compensated(self) -> Regularized:
+        """With L compensated; the penalties are added in float64."""
+        return Regularized(self._base.compensated(), self._penalties)
+
     def _add_hessian(self, theta: Tensor, hessian: Tensor) -> Tensor:
         eye = torch.eye(self.n_parameters, dtype=self.dtype, device=self.device)
         return self._penalties.add_products(theta, hessian, eye)
@@ -145,3 +175,24 @@ class Rescaled(Objective):
         """L, D^½ ∇L and D^½ H D^½."""
         loss, gradient, hessian = self._base.loss_gradient_hessian(self._root * theta)
         return loss, self._root * gradient, self._root[:, None] * hessian * self._root
+
+    @property
+    def has_residuals(self) -> bool:
+        """Whether L has."""
+        return self._base.has_residuals
+
+    def residuals(self, theta: Tensor) -> Tensor:
+        """r(D^½ φ)."""
+        return self._base.residuals(self._root * theta)
+
+    def pull_back(self, theta: Tensor, cotangent: Tensor) -> Tensor:
+        """D^½ Jᵀu."""
+        return self._root * self._base.pull_back(self._root * theta, cotangent)
+
+    def least_squares(self, theta: Tensor) -> LeastSquares:
+        """L, D^½ ∇L and the factor of J D^½."""
+        return self._base.least_squares(self._root * theta).scaled(self._root)
+
+    def compensated(self) -> Rescaled:
+        """With L compensated."""
+        return Rescaled(self._base.compensated(), self._root**2)

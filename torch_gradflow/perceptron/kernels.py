@@ -8,6 +8,7 @@ Numba is missing or fails, a warning says so once, and plain torch serves.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from functools import cache
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -18,11 +19,13 @@ from torch import Tensor
 
 from torch_gradflow.perceptron.activations import CODES, IDENTITY, Activation
 from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
-from torch_gradflow.perceptron.plain import PlainKernel
+from torch_gradflow.perceptron.plain import GRADIENT_CHUNK, JACOBIAN_ROWS, PlainKernel
 
 if TYPE_CHECKING:
     from torch_gradflow.perceptron.blocks import BlockHessian
+    from torch_gradflow.perceptron.compensated import CompensatedGradient
     from torch_gradflow.perceptron.compiled import CompiledPerceptron
+    from torch_gradflow.perceptron.residuals import CompiledResiduals
 
 # Weights in one layer from which on torch's own backward pass is faster (one thread, N = 1000): 2-200-200-1, with 40,000, took
 # three quarters of its time, 784-32-10, with 25,088, as long, 256-256, with 65,536, 1.1 times, 784-128-10, with 100,352, 1.2.
@@ -43,6 +46,15 @@ class Kernel(Protocol):
 
     def loss_gradient_hessian(self, phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L, ∇L and H."""
+
+    def residuals(self, phi: Tensor) -> Tensor:
+        """r of the squared error L = ½‖r‖², shape ``(O N,)``."""
+
+    def pull_back(self, phi: Tensor, cotangent: Tensor) -> Tensor:
+        """Jᵀu for the Jacobian J of r and u of shape ``(O N,)``."""
+
+    def jacobian_blocks(self, phi: Tensor) -> Iterator[Tensor]:
+        """J and r, some residuals at a time: blocks of shape ``(P + 1, m)``, Jᵀ with r as its last row."""
 
 
 class CompiledKernel:
@@ -77,6 +89,7 @@ class CompiledKernel:
             wide.weights.numpy(),
         )
         self._blocks: BlockHessian | None = None
+        self._residuals: CompiledResiduals | None = None
         self._order = network.n_parameters
 
     def loss_and_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +117,35 @@ class CompiledKernel:
             return loss, gradient, hessian
         return loss.to(phi.dtype), gradient.to(phi.dtype), hessian.to(phi.dtype)
 
+    def residuals(self, phi: Tensor) -> Tensor:
+        """r."""
+        return torch.from_numpy(self._of_residuals().residuals(_readable(phi).numpy())).to(phi.dtype)
+
+    def pull_back(self, phi: Tensor, cotangent: Tensor) -> Tensor:
+        """Jᵀu."""
+        pulled = self._of_residuals().pull_back(_readable(phi).numpy(), _readable(cotangent).numpy())
+        return torch.from_numpy(pulled).to(phi.dtype)
+
+    def jacobian_blocks(self, phi: Tensor) -> Iterator[Tensor]:
+        """Blocks of J and r."""
+        size = max(GRADIENT_CHUNK // (8 * (self._order + 1)), JACOBIAN_ROWS * self._order)
+        for block in self._of_residuals().jacobian_blocks(_readable(phi).numpy(), size):
+            yield torch.from_numpy(block).to(phi.dtype)
+
+    def _of_residuals(self) -> CompiledResiduals:
+        """What computes residuals."""
+        if self._residuals is None:
+            from torch_gradflow.perceptron.residuals import CompiledResiduals
+
+            self._residuals = CompiledResiduals(self._kernel)
+        return self._residuals
+
+    def compensated(self) -> CompensatedKernel:
+        """The one for the same data in double-double arithmetic."""
+        from torch_gradflow.perceptron.compensated import CompensatedGradient
+
+        return CompensatedKernel(CompensatedGradient(self._kernel))
+
     def _with_hessian(self) -> CompiledPerceptron | BlockHessian:
         """What computes Hessians: of one hidden layer and one output the kernel, else the one for blocks."""
         if self._kernel.has_hessian:
@@ -113,6 +155,41 @@ class CompiledKernel:
 
             self._blocks = BlockHessian(self._kernel)
         return self._blocks
+
+
+class CompensatedKernel:
+    """The compiled loss and gradient in double-double arithmetic, on tensors.
+
+    Args:
+        gradient: What computes them.
+    """
+
+    def __init__(self, gradient: CompensatedGradient) -> None:
+        self._gradient = gradient
+
+    def loss_and_gradient(self, phi: Tensor) -> tuple[Tensor, Tensor]:
+        """L and ∇L."""
+        loss, gradient = self._gradient.loss_and_gradient(_readable(phi).numpy())
+        return torch.tensor(loss, dtype=torch.float64), torch.from_numpy(gradient)
+
+
+def compensated_kernel(network: Perceptron, loss: Loss, kernel: Kernel) -> CompensatedKernel:
+    """The one for the data of ``kernel``.
+
+    Raises:
+        NotImplementedError: With the reason, where there is none.
+    """
+    if not isinstance(kernel, CompiledKernel):
+        raise NotImplementedError(f"a compensated gradient needs kernel='numba', and {kernel.name!r} serves.")
+    if loss.name != "squared error":
+        raise NotImplementedError(f"a compensated gradient is offered for the squared error, not for {loss.name!r}.")
+    from torch_gradflow.perceptron.compensated import ACTIVATIONS
+
+    unknown = {kind.name for runs in network.activations for _, kind in runs} - {*ACTIVATIONS}
+    if unknown:
+        known = ", ".join(ACTIVATIONS)
+        raise NotImplementedError(f"a compensated gradient is offered for the activations {known}, not for {min(unknown)!r}.")
+    return kernel.compensated()
 
 
 def is_wide(network: Perceptron) -> bool:

@@ -10,6 +10,9 @@ and C_lq = (∂z_q/∂z_l)ᵀ B_q for l < q. Then, with ã the activations with 
 the second sum for l < q only (Bishop 1992, "Exact calculation of the Hessian matrix for the multilayer perceptron"). Each sum
 over samples is one matrix product; those of l = q use the symmetry in (m, s) and in (p, r), a quarter of the work.
 
+The squared error is L = ½‖r‖² with the residuals r_on = √(2 w_n) (f_on − t_on), output by output; the row of their Jacobian
+for W_l is Σ_o δ_l a_{l−1}ᵀ where δ comes from √(2 w_n) at that output instead of from ℓ.
+
 Samples go through in chunks, one column each.
 """
 
@@ -26,6 +29,8 @@ from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
 
 # What one chunk's intermediate results may take in bytes (measured: smaller chunks cost more calls than caches save).
 GRADIENT_CHUNK, HESSIAN_CHUNK = 2**23, 2**24
+# Samples, per parameter, of a block of the Jacobian: the triangular factor of those before is updated once per block.
+JACOBIAN_ROWS = 4
 
 
 class PlainKernel:
@@ -49,7 +54,7 @@ class PlainKernel:
         total, gradient = phi.new_zeros(()), torch.zeros_like(phi)
         for chunk in self._chunks(phi, order=1):
             total += chunk.loss
-            self._add_gradient(chunk, gradient)
+            self._add_gradient(chunk.a, chunk.deltas, gradient)
         return total, gradient
 
     def hvp(self, phi: Tensor, vectors: Tensor) -> Tensor:
@@ -69,9 +74,44 @@ class PlainKernel:
         sums: dict[tuple[str, int, int], Tensor] = {}
         for chunk in self._chunks(phi, order=2, hessian=True):
             total += chunk.loss
-            self._add_gradient(chunk, gradient)
+            self._add_gradient(chunk.a, chunk.deltas, gradient)
             self._add_blocks(chunk, sums)
         return total, gradient, self._assemble(phi, sums)
+
+    def residuals(self, phi: Tensor) -> Tensor:
+        """r of the squared error, shape ``(O N,)``."""
+        parts = []
+        for part in self._parts(sum(self._network.sizes) * phi.element_size(), GRADIENT_CHUNK):
+            output = self._forward(phi, part, 0)[0][-1]
+            parts.append(self._roots(part) * (output - self._samples.targets[:, part]))
+        return torch.cat(parts, dim=1).flatten()
+
+    def pull_back(self, phi: Tensor, cotangent: Tensor) -> Tensor:
+        """Jᵀu for the Jacobian J of r and u of shape ``(O N,)``."""
+        gradient, outputs = torch.zeros_like(phi), cotangent.view(self._network.sizes[-1], -1)
+        for part in self._parts(2 * sum(self._network.sizes) * phi.element_size(), GRADIENT_CHUNK):
+            a, weights, derivatives = self._forward(phi, part, 1)
+            deltas, _ = self._backward(weights, derivatives[0], self._roots(part) * outputs[:, part])
+            self._add_gradient(a, deltas, gradient)
+        return gradient
+
+    def jacobian_blocks(self, phi: Tensor) -> Iterator[Tensor]:
+        """J and r, some residuals at a time: blocks of shape ``(P + 1, m)``, Jᵀ with r as its last row."""
+        n = self._network.n_parameters
+        for part in self._parts((n + 1) * phi.element_size(), GRADIENT_CHUNK, least=JACOBIAN_ROWS * n):
+            a, weights, derivatives = self._forward(phi, part, 1)
+            roots = self._roots(part)
+            residuals = roots * (a[-1] - self._samples.targets[:, part])
+            for output, residual in enumerate(residuals):
+                pull = torch.zeros_like(residuals)
+                pull[output] = roots
+                deltas, _ = self._backward(weights, derivatives[0], pull)
+                rows = []
+                for layer in self._layers:
+                    rows.append((deltas[layer].unsqueeze(1) * a[layer]).flatten(0, 1))
+                    if self._network.biases[layer]:
+                        rows.append(deltas[layer])
+                yield torch.cat([*rows, residual.unsqueeze(0)])
 
     @property
     def _layers(self) -> range:
@@ -86,19 +126,34 @@ class PlainKernel:
 
     def _chunks(self, phi: Tensor, *, order: int, factor: int = 0, hessian: bool = False) -> Iterator[_Chunk]:
         """The forward and the backward pass of one chunk after the other."""
-        n_samples, sizes = self._samples.x.shape[1], self._network.sizes
+        sizes = self._network.sizes
         if hessian:
             widest = max((a + 1) * (b + 1) for a in sizes for b in sizes[1:])
-            per_sample, budget = widest * phi.element_size(), HESSIAN_CHUNK
+            parts = self._parts(widest * phi.element_size(), HESSIAN_CHUNK)
         else:
-            per_sample, budget = sum(sizes) * (order + 1) * (factor + 1) * phi.element_size(), GRADIENT_CHUNK
-        size = max(64, budget // per_sample)
-        for start in range(0, n_samples, size):
-            yield self._pass(phi, slice(start, start + size), order)
+            parts = self._parts(sum(sizes) * (order + 1) * (factor + 1) * phi.element_size(), GRADIENT_CHUNK)
+        for part in parts:
+            yield self._pass(phi, part, order)
+
+    def _parts(self, per_sample: int, budget: int, *, least: int = 64) -> Iterator[slice]:
+        """The samples in parts that take at most ``budget`` bytes, or in parts of ``least`` samples."""
+        size = max(least, budget // per_sample)
+        for start in range(0, self._samples.x.shape[1], size):
+            yield slice(start, start + size)
+
+    def _roots(self, part: slice) -> Tensor:
+        """√(2 w), by which f − t becomes the residual."""
+        return (2 * self._samples.weights[part]).sqrt()
 
     def _pass(self, phi: Tensor, part: slice, order: int) -> _Chunk:
-        samples = self._samples
-        a, weights = [samples.x[:, part]], []
+        a, weights, derivatives = self._forward(phi, part, order)
+        value, slope, curvature = _loss_terms(self._loss, a[-1], self._samples.targets[:, part], self._samples.weights[part])
+        deltas, backs = self._backward(weights, derivatives[0], slope)
+        return _Chunk(value, a, weights, derivatives, deltas, backs, curvature)
+
+    def _forward(self, phi: Tensor, part: slice, order: int) -> tuple[list[Tensor], list[Tensor], list[list[Tensor]]]:
+        """a_0, …, a_L; W_1, …, W_L; and the derivatives of g at each z_l up to ``order``."""
+        a, weights = [self._samples.x[:, part]], []
         derivatives: list[list[Tensor]] = [[] for _ in range(order)]
         for layer in self._layers:
             w, b = self._parameters(phi, layer)
@@ -108,14 +163,15 @@ class PlainKernel:
             a.append(value)
             for kept, derivative in zip(derivatives, rest, strict=True):
                 kept.append(derivative)
-        w_n = samples.weights[part]
-        value, slope, curvature = _loss_terms(self._loss, a[-1], samples.targets[:, part], w_n)
-        deltas = [slope * derivatives[0][-1]]
-        backs = [slope]  # Wᵀ δ of the layer above, before the activation
+        return a, weights, derivatives
+
+    def _backward(self, weights: list[Tensor], slopes: list[Tensor], pull: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """δ_1, …, δ_L, and what they are before the factor g_l′, from that of the output, ``pull``."""
+        deltas, backs = [pull * slopes[-1]], [pull]
         for layer in reversed(self._layers[1:]):
             backs.append(weights[layer].T @ deltas[-1])
-            deltas.append(backs[-1] * derivatives[0][layer - 1])
-        return _Chunk(value, a, weights, derivatives, deltas[::-1], backs[::-1], curvature)
+            deltas.append(backs[-1] * slopes[layer - 1])
+        return deltas[::-1], backs[::-1]
 
     def _activate(self, layer: int, z: Tensor, order: int) -> tuple[Tensor, ...]:
         runs = self._network.activations[layer]
@@ -125,12 +181,12 @@ class PlainKernel:
         results = [kind.derivatives(part, order) for (_, kind), part in zip(runs, parts, strict=True)]
         return tuple(torch.cat(columns) for columns in zip(*results, strict=True))
 
-    def _add_gradient(self, chunk: _Chunk, gradient: Tensor) -> None:
+    def _add_gradient(self, a: list[Tensor], deltas: list[Tensor], gradient: Tensor) -> None:
         for layer in self._layers:
             w, b = self._parameters(gradient, layer)
-            w.addmm_(chunk.deltas[layer], chunk.a[layer].T)
+            w.addmm_(deltas[layer], a[layer].T)
             if b is not None:
-                b += chunk.deltas[layer].sum(1)
+                b += deltas[layer].sum(1)
 
     def _add_products(self, chunk: _Chunk, tangents: list[tuple[Tensor, Tensor | None]], products: Tensor) -> None:
         """H v for each row v of the tangents: the derivative of both passes along v."""

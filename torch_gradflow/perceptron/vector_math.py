@@ -36,15 +36,21 @@ __all__ = [
     "erf",
     "exp_and_expm1_of_negative",
     "exp_of_negative",
+    "fused",
     "inlined",
     "integers_at",
     "load",
     "log_from_one",
     "lower_tail",
     "multiply_add",
+    "nearest_integer",
     "number_at",
     "numbers_at",
     "part",
+    "power_of_two",
+    "rounded_difference",
+    "rounded_product",
+    "rounded_sum",
     "select_greater",
     "square_root",
     "store",
@@ -173,7 +179,7 @@ def _elementwise(name: str) -> Any:
 
 absolute = _elementwise("fabs")
 square_root = _elementwise("sqrt")
-_nearest_integer = _elementwise("rint")
+nearest_integer = _elementwise("rint")
 
 
 @_intrinsic
@@ -193,6 +199,33 @@ def multiply_add(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
     def generate(context: Any, builder: Any, types_: Any, arguments: Any) -> Any:
         a, b, c = (_as_vector(context, builder, *pair) for pair in zip(types_.args, arguments, strict=True))
         return builder.fadd(builder.fmul(a, b, flags=_FUSED), c, flags=_FUSED)
+
+    return _lanes(x, y, z), generate
+
+
+def _rounded(instruction: str) -> Any:
+    """An operation of two `Lanes` or numbers that is rounded by itself, never contracted with another one."""
+
+    def typed(typing_context: Any, x: Any, y: Any) -> Any:
+        def generate(context: Any, builder: Any, types_: Any, arguments: Any) -> Any:
+            vectors = [_as_vector(context, builder, *pair) for pair in zip(types_.args, arguments, strict=True)]
+            return getattr(builder, instruction)(*vectors)
+
+        return _lanes(x, y), generate
+
+    return _intrinsic(typed)
+
+
+rounded_sum, rounded_difference, rounded_product = _rounded("fadd"), _rounded("fsub"), _rounded("fmul")
+
+
+@_intrinsic
+def fused(typing_context: Any, x: Any, y: Any, z: Any) -> Any:
+    """The sum x y + z, of `Lanes` or numbers, rounded once on every processor (where it has no such instruction, slowly)."""
+
+    def generate(context: Any, builder: Any, types_: Any, arguments: Any) -> Any:
+        vectors = [_as_vector(context, builder, *pair) for pair in zip(types_.args, arguments, strict=True)]
+        return _call(builder, "fma", *vectors)
 
     return _lanes(x, y, z), generate
 
@@ -347,7 +380,7 @@ _expm1_remainder = _polynomial(
 
 
 @_intrinsic
-def _power_of_two(typing_context: Any, exponent: Any) -> Any:
+def power_of_two(typing_context: Any, exponent: Any) -> Any:
     """Two to the power of the lanes, which are integers between −1022 and 1023."""
 
     def generate(context: Any, builder: Any, types_: Any, arguments: Any) -> Any:
@@ -365,10 +398,10 @@ def exp_and_expm1_of_negative(x: Lanes) -> tuple[Lanes, Lanes]:
     exp(x) = 2ⁿ + 2ⁿ expm1(r) and expm1(x) = (2ⁿ − 1) + 2ⁿ expm1(r).
     """
     clipped = select_greater(_EXP_SMALLEST, x, _EXP_SMALLEST, x)
-    n = _nearest_integer(clipped * _LOG2_E)
+    n = nearest_integer(clipped * _LOG2_E)
     r = (clipped - n * _LN2_HIGH) - n * _LN2_LOW
     remainder = multiply_add(r * r, _expm1_remainder(r), r)
-    scale = _power_of_two(n)
+    scale = power_of_two(n)
     exp = select_greater(_EXP_SMALLEST, x, 0.0, multiply_add(scale, remainder, scale))
     return exp, multiply_add(scale, remainder, scale - 1.0)
 
