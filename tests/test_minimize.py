@@ -306,7 +306,7 @@ def test_hessians_that_do_not_fit_are_refused_before_anything_is_allocated(monke
     """With their size, and the parameters untouched."""
     model = nn.Linear(100_000, 4)
     before = flat(model)
-    optimizer = NewtonPolish(model.parameters())
+    optimizer = NewtonPolish(model.parameters(), method="trust-region")
     available = type("Memory", (), {"available": 8 * 2**30})()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: available)
     with pytest.raises(MemoryError, match=r"400,004 parameters takes 596\.1 GiB.*8\.0 GiB are free"):

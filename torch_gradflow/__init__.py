@@ -6,7 +6,9 @@ from torch_gradflow.flow.integrate import integrate
 from torch_gradflow.flow.solution import FlowReport, FlowSolution
 from torch_gradflow.flow.stopping import Evaluations, FlowTime, GradientNorm, LossPlateau, LossValue, WallTime
 from torch_gradflow.minimize.certificate import CriticalPoint, certify
+from torch_gradflow.minimize.escape import leave_saddle
 from torch_gradflow.minimize.minimize import minimize
+from torch_gradflow.minimize.proof import Proof
 from torch_gradflow.minimize.result import MinimizeResult
 from torch_gradflow.objectives.base import ClosureError, DerivativeError, Objective
 from torch_gradflow.objectives.module import ModuleObjective, gradient, hessian, hessian_spectrum, hvp
@@ -41,6 +43,7 @@ __all__ = [
     "Objective",
     "Perceptron",
     "PerceptronObjective",
+    "Proof",
     "Samples",
     "TrajectoryDistance",
     "WallTime",
@@ -51,6 +54,7 @@ __all__ = [
     "hvp",
     "integrate",
     "integrate_many",
+    "leave_saddle",
     "minimize",
     "register_activation",
     "trajectory_distance",

@@ -6,22 +6,23 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import psutil
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from torch_gradflow.checks import check_count, check_number
 from torch_gradflow.minimize.certificate import CriticalPoint, certify
-from torch_gradflow.minimize.result import MinimizeReport, MinimizeResult, MinimizeStatus
-from torch_gradflow.minimize.trust_region import Iterate, TrustRegionNewton
+from torch_gradflow.minimize.escape import leave_saddle
+from torch_gradflow.minimize.memory import free_bytes, matrix_bytes
+from torch_gradflow.minimize.method import Iterate, Minimiser
+from torch_gradflow.minimize.methods import find_method
+from torch_gradflow.minimize.result import MinimizeChoice, MinimizeReport, MinimizeResult, MinimizeStatus
 from torch_gradflow.objectives.base import Objective, check_start
 
-METHODS = ("auto", "trust-region")
 # Narrow curved valleys took up to 2000 steps on small teacher-student networks; elsewhere 10 to 100 suffice.
 DEFAULT_MAX_ITER = 2000
-# Dense matrices alive at once: the Hessian, its unsymmetrised products, eigenvectors and the work space of eigh.
-DENSE_MATRICES = 6
+# Methods without second derivatives take more and cheaper steps.
+DEFAULT_MAX_ITER_OF_GRADIENTS = 20_000
 
 
 def minimize(
@@ -32,6 +33,7 @@ def minimize(
     gtol: float = 1e-13,
     max_iter: int | None = None,
     certificate: bool = True,
+    escape: bool = False,
     progress: bool | Callable[[MinimizeReport], Any] | None = None,
 ) -> MinimizeResult:
     """Find a critical point of L near ``theta0``, in the manner of ``scipy.optimize.minimize``.
@@ -39,18 +41,20 @@ def minimize(
     Args:
         objective: L, twice differentiable.
         theta0: The start, shape ``(P,)``.
-        method: "auto" or "trust-region": exact trust-region Newton on dense Hessians.
+        method: "auto", or the name of a minimiser, see ``torch_gradflow.minimize.methods``.
         gtol: Done when ‖∇L‖ in the infinity norm is at most this.
-        max_iter: Most trial steps; None for 2000.
-        certificate: Whether to classify the point that was found (two more Hessians).
+        max_iter: Most trial steps; None for 2000, or 20 000 for methods that evaluate nothing but gradients.
+        certificate: Whether to classify the point that was found, see ``certify`` for what that costs.
+        escape: Whether to leave a saddle that was found, along a direction in which the loss falls, and go on.
         progress: True for a progress bar, or a function that is given a ``MinimizeReport`` per iteration.
 
     Returns:
         The best point found. Ctrl-C ends the iteration with status "interrupted".
 
     Raises:
-        ValueError: For arguments that make no sense.
-        MemoryError: If dense Hessians would not fit into memory, before anything is allocated.
+        ValueError: For arguments that make no sense, or a method that needs residuals where the objective has none.
+        ImportError: For a method of a package that is not installed.
+        MemoryError: If the method's dense matrices would not fit into memory, before anything is allocated.
         FloatingPointError: If loss or gradient are not finite at ``theta0``.
         DerivativeError: If the Hessian there cannot be had, or is not finite.
     """
@@ -61,6 +65,7 @@ def minimize(
         gtol=gtol,
         max_iter=max_iter,
         certificate=certificate,
+        escape=escape,
         progress=progress,
     )
     run.run()
@@ -83,15 +88,17 @@ class MinimizeRun:
         gtol: float = 1e-13,
         max_iter: int | None = None,
         certificate: bool = True,
+        escape: bool = False,
         progress: bool | Callable[[MinimizeReport], Any] | None = None,
         start: tuple[Tensor, Tensor] | None = None,
     ) -> None:
-        check_settings(method, gtol, max_iter, certificate, progress)
+        check_settings(method, gtol, max_iter, certificate, escape, progress)
         check_start(objective, theta0)
-        check_memory(objective.n_parameters, objective.dtype, objective.device)
-        self._objective, self._method = objective, TrustRegionNewton()
-        self._gtol, self._max_iter = gtol, DEFAULT_MAX_ITER if max_iter is None else max_iter
-        self._wants_certificate, self._progress = certificate, progress
+        self._objective, self._method = objective, find_method(method)
+        check_memory(self._method, objective.n_parameters, objective.dtype, objective.device)
+        check_residuals(self._method, objective)
+        self._gtol, self._max_iter = gtol, default_max_iter(self._method) if max_iter is None else max_iter
+        self._wants_certificate, self._escape, self._progress = certificate, escape, progress
         self._counted_before = replace(objective.counts)
         loss, gradient = objective.loss_and_gradient(theta0) if start is None else start
         if not bool(torch.isfinite(loss)) or not bool(torch.isfinite(gradient).all()):
@@ -99,6 +106,7 @@ class MinimizeRun:
         self.last = Iterate(theta0.detach().clone(), loss, gradient, float("nan"), 0.0, False)
         self._first_norm = float(theta0.norm())
         self.n_iter = 0
+        self._choices: list[MinimizeChoice] = []
         self.status: MinimizeStatus = "interrupted"
         self.message = "Interrupted before the first step."
         self.certificate: CriticalPoint | None = None
@@ -110,6 +118,9 @@ class MinimizeRun:
         try:
             self._iterate(bar)
             if self._wants_certificate:
+                self._certify()
+            while self._escape and self._left_saddle():
+                self._iterate(bar)
                 self._certify()
         except KeyboardInterrupt:
             self.status = "interrupted"
@@ -133,10 +144,12 @@ class MinimizeRun:
             n_grad=counts.n_grad - before.n_grad,
             n_hvp=counts.n_hvp - before.n_hvp,
             n_hessian=counts.n_hessian - before.n_hessian,
+            n_jacobian=counts.n_jacobian - before.n_jacobian,
             status=self.status,
             message=self.message,
             method=self._method.name,
             certificate=self.certificate,
+            choices=tuple(self._choices),
         )
 
     def _iterate(self, bar: Any) -> None:
@@ -146,6 +159,8 @@ class MinimizeRun:
         steps = self._method.iterate(self._objective, self.last.theta, self.last.loss, self.last.gradient)
         for iterate in steps:
             self.last = iterate
+            if iterate.note and not iterate.stuck:
+                self._choices.append(MinimizeChoice(self.n_iter, iterate.method, iterate.note))
             self.n_iter += 1
             self._norms.append(self._grad_norm())
             self._show(bar)
@@ -153,7 +168,7 @@ class MinimizeRun:
                 self._finish("converged", "")
                 return
             if iterate.stuck:
-                self._finish("rounding", "rounding errors hide any further progress")
+                self._finish("rounding", iterate.note or "rounding errors hide any further progress")
                 return
             if self.n_iter >= self._max_iter:
                 self._finish("max_iter", f"max_iter={self._max_iter} was reached while {self._speed()}")
@@ -164,6 +179,18 @@ class MinimizeRun:
             self.certificate = certify(self._objective, self.last.theta, gtol=self._gtol)
         except RuntimeError as error:  # the point stands, whatever its Hessian is
             self.message = f"{self.message} No certificate: {str(error).splitlines()[0]}"
+
+    def _left_saddle(self) -> bool:
+        """Leave the point if it is a saddle, and iterations are left."""
+        point = self.certificate
+        if point is None or point.kind != "saddle" or self.n_iter >= self._max_iter:
+            return False
+        theta = leave_saddle(self._objective, self.last.theta, point)
+        if torch.equal(theta, self.last.theta):
+            return False
+        self.last = Iterate(theta, *self._objective.loss_and_gradient(theta), float("nan"), 0.0, False)
+        self._choices.append(MinimizeChoice(self.n_iter, self._method.name, f"a saddle was left: {point.message}"))
+        return True
 
     def _finish(self, status: MinimizeStatus, why: str) -> None:
         norm = f"the gradient norm is {self._grad_norm():.2e}"
@@ -203,34 +230,54 @@ class MinimizeRun:
         return float(self.last.gradient.abs().max())
 
 
-def check_settings(method: str, gtol: float, max_iter: int | None, certificate: bool, progress: object) -> None:
+def check_settings(method: str, gtol: float, max_iter: int | None, certificate: bool, escape: bool, progress: object) -> None:
     """Check what ``minimize`` and ``NewtonPolish`` are given.
 
     Raises:
         ValueError, TypeError: Naming the argument.
     """
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(map(repr, METHODS))}, not {method!r}.")
+    find_method(method)
     check_number("gtol", gtol, least=0.0)
     if max_iter is not None:
         check_count("max_iter", max_iter)
     if not isinstance(certificate, bool):
         raise TypeError(f"certificate must be True or False, not {certificate!r}.")
+    if not isinstance(escape, bool):
+        raise TypeError(f"escape must be True or False, not {escape!r}.")
+    if escape and not certificate:
+        raise ValueError("escape=True needs certificate=True: it is the certificate that tells a saddle.")
     if not (progress is None or isinstance(progress, bool) or callable(progress)):
         raise TypeError(f"progress must be True, False or a function of a MinimizeReport, not {progress!r}.")
 
 
-def check_memory(n_parameters: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Refuse dense Hessians that would not fit into free memory.
+def default_max_iter(method: Minimiser) -> int:
+    """Where the user leaves it open."""
+    return DEFAULT_MAX_ITER_OF_GRADIENTS if method.needs == {"gradient"} else DEFAULT_MAX_ITER
+
+
+def check_residuals(method: Minimiser, objective: Objective) -> None:
+    """Refuse a method that needs residuals where there are none.
+
+    Raises:
+        ValueError: With what would serve.
+    """
+    if "residuals" in method.needs and not objective.has_residuals:
+        raise ValueError(
+            f"method={method.name!r} needs a sum of squares, and this objective is none that is known as such: use a mean "
+            "squared error of a recognised perceptron or a ModuleObjective, or method='auto'."
+        )
+
+
+def check_memory(method: Minimiser, n_parameters: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Refuse dense matrices that would not fit into free memory.
 
     Raises:
         MemoryError: With the size they would take.
     """
-    matrix = n_parameters**2 * torch.finfo(dtype).bits // 8
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    if DENSE_MATRICES * matrix > free:
+    matrix, free = matrix_bytes(n_parameters, dtype), free_bytes(device)
+    if method.matrices * matrix > free:
         raise MemoryError(
-            f"the dense Hessian of {n_parameters:,} parameters takes {matrix / 2**30:,.1f} GiB, and about {DENSE_MATRICES} "
-            f"such matrices are needed, but {free / 2**30:,.1f} GiB are free. Polish a smaller network, or freeze layers "
-            "(requires_grad=False, or lr=0 in their group)."
+            f"the dense Hessian of {n_parameters:,} parameters takes {matrix / 2**30:,.1f} GiB, and about {method.matrices} "
+            f"such matrices are needed, but {free / 2**30:,.1f} GiB are free. Polish with method='trust-region-lanczos', "
+            "which needs none, or freeze layers (requires_grad=False, or lr=0 in their group)."
         )

@@ -13,6 +13,21 @@ MinimizeStatus = Literal["converged", "rounding", "max_iter", "interrupted", "fa
 
 
 @dataclass(frozen=True)
+class MinimizeChoice:
+    """A method that "auto" chose, or a saddle that was left.
+
+    Attributes:
+        n_iter: Iterations before it served.
+        method: Its name.
+        reason: Why.
+    """
+
+    n_iter: int
+    method: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class MinimizeReport:
     """Where a running minimisation stands.
 
@@ -20,8 +35,8 @@ class MinimizeReport:
         n_iter: Iterations so far.
         loss: L at the present point.
         grad_norm: ‖∇L‖ there, in the infinity norm.
-        smallest_eigenvalue: Of the Hessian there.
-        radius: Of the trust region.
+        smallest_eigenvalue: Of the Hessian where the last step began; nan where it is not known.
+        radius: Of the trust region, or the length of the step for methods without one.
     """
 
     n_iter: int
@@ -43,11 +58,14 @@ class MinimizeResult:
         n_grad: Gradients evaluated, those of the certificate included.
         n_hvp: Hessian–vector products evaluated.
         n_hessian: Dense Hessians evaluated, those of the certificate included.
-        status: "converged" (gradient norm at most gtol), "rounding" (rounding errors hide any further progress),
+        n_jacobian: Jacobians of residuals evaluated.
+        status: "converged" (gradient norm at most gtol), "rounding" (rounding errors hide any further progress, or the
+            method gave up: the message says which),
             "max_iter", "interrupted" (Ctrl-C), "failed" (an exception in the objective, which is raised).
         message: The same as a sentence, with how fast it was converging where it did not arrive.
         method: The minimiser.
         certificate: What kind of point this is, or None where it was not asked for or the run was cut off.
+        choices: What "auto" chose, when and why; and which saddles were left.
     """
 
     theta: Tensor
@@ -57,7 +75,9 @@ class MinimizeResult:
     n_grad: int
     n_hvp: int
     n_hessian: int
+    n_jacobian: int
     status: MinimizeStatus
     message: str
     method: str
     certificate: CriticalPoint | None
+    choices: tuple[MinimizeChoice, ...] = ()

@@ -1,105 +1,140 @@
-"""Exact trust-region Newton: the subproblem is solved on the eigendecomposition of the Hessian."""
+"""Trust-region Newton: one loop for all models of the loss, and the exact model on the eigendecomposition of the Hessian."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from torch_gradflow.minimize.acceptance import Point, judge
+from torch_gradflow.minimize.method import Iterate, Minimiser, Need
 from torch_gradflow.objectives.base import DerivativeError, Objective
 
+# Dense matrices alive at once: the Hessian, its unsymmetrised products, eigenvectors and the work space of eigh.
+DENSE_MATRICES = 6
+
 
 @dataclass(frozen=True)
-class Iterate:
-    """A point of the iteration.
+class ModelStep:
+    """A minimiser of the quadratic model g·p + ½ p·Hp within a ball.
 
     Attributes:
-        theta: Shape ``(P,)``.
-        loss: L, a 0-dimensional tensor.
-        gradient: ∇L, shape ``(P,)``.
-        smallest_eigenvalue: Of the Hessian at the point from which the step was made.
-        radius: Of the trust region for the next step.
-        stuck: Whether rounding errors hide any further progress.
+        step: p, shape ``(P,)``.
+        predicted: The model's reduction, ≥ 0.
+        newton: Whether the model is convex, as far as it is known, and p its minimum, inside the ball.
+        smallest_eigenvalue: Of H; nan where it is not known.
     """
 
-    theta: Tensor
-    loss: Tensor
-    gradient: Tensor
+    step: Tensor
+    predicted: float
+    newton: bool
     smallest_eigenvalue: float
-    radius: float
-    stuck: bool
 
 
-@dataclass(frozen=True)
-class TrustRegionNewton:
-    """Newton's method in a ball, for any Hessian: definite, indefinite or singular (Moré and Sorensen 1983).
+class NotTwiceDifferentiableError(DerivativeError):
+    """The Hessian at some point is not finite."""
 
-    A step is accepted when the loss falls by enough of what the quadratic model predicts (Conn, Gould and Toint, Trust
-    Region Methods, 2000, algorithm 6.1.1). Where the predicted fall is below the rounding of the loss, that test is
-    noise: then a step is accepted when it reduces the gradient norm and does not raise the loss beyond rounding. This
-    takes the gradient to round-off, where tests on the loss alone stop at its square root.
+
+# The model's minimiser for a radius: asked again with a smaller one after a rejection.
+Model = Callable[[float], ModelStep]
+
+
+class TrustRegion(Minimiser):
+    """The trust-region iteration (Conn, Gould and Toint, Trust Region Methods, 2000, algorithm 6.1.1).
+
+    Steps are accepted by ``judge``, so that the gradient comes down to round-off.
 
     Attributes:
-        accept: Least ratio of actual to predicted reduction.
         shrink_below: Ratio under which the radius shrinks to a quarter of the step.
         grow_above: Ratio over which the radius grows by 2.5 where it limited the step.
         max_rejections: Rejected steps in a row in the rounding regime after which it is stuck.
     """
 
-    accept: float = 1e-4
     shrink_below: float = 0.25
     grow_above: float = 0.75
     max_rejections: int = 4
-    name: str = "trust-region"
+
+    @abstractmethod
+    def model(self, objective: Objective, theta: Tensor, gradient: Tensor) -> Model:
+        """The quadratic model at θ.
+
+        Raises:
+            NotTwiceDifferentiableError: If the Hessian, or its products, are not finite.
+        """
 
     def iterate(self, objective: Objective, theta: Tensor, loss: Tensor, gradient: Tensor) -> Iterator[Iterate]:
-        """Yield one iterate per trial step, without end; the first costs one Hessian, each accepted step another."""
+        """See ``Minimiser``.
+
+        Raises:
+            NotTwiceDifferentiableError: If the Hessian at the start is not finite.
+        """
         eps = objective.resolution
+        point = Point(theta, loss, gradient)
         radius = 0.1 * (1.0 + float(theta.norm()))
         largest = 1e3 * radius
         rejections = 0
-        hessian = objective.hessian(theta)
-        if not bool(torch.isfinite(hessian).all()):
-            raise DerivativeError("the Hessian is not finite at the start: the loss is not twice differentiable there.")
-        values, vectors = torch.linalg.eigh(hessian)
+        model = self.model(objective, theta, gradient)
         while True:
-            components = vectors.T @ gradient
-            step, predicted = solve_subproblem(values, components, radius)
-            length = float(step.norm())
-            trial = theta + vectors @ step
-            new_loss, new_gradient = objective.loss_and_gradient(trial)
-            finite = bool(torch.isfinite(new_loss)) and bool(torch.isfinite(new_gradient).all())
-            noise = 256 * eps * abs(float(loss))
-            rounding = predicted <= noise
-            if not finite:
-                ratio, accepted = -1.0, False
-            elif rounding:
-                accepted = float(new_gradient.norm()) < float(gradient.norm()) and float(new_loss - loss) <= noise
-                ratio = 1.0 if accepted else 0.0
-            else:
-                ratio = float(loss - new_loss) / predicted
-                accepted = ratio > self.accept
-                # A loss that is the difference of larger numbers is rounded more coarsely than its size tells.
-                newton = float(values[0]) > 0 and length < 0.99 * radius
-                if not accepted and newton and abs(float(new_loss - loss)) <= 1e3 * eps:
-                    accepted = float(new_gradient.norm()) < 0.5 * float(gradient.norm())
-                    ratio = 1.0 if accepted else ratio
-            if ratio < self.shrink_below:
+            found = model(radius)
+            length = float(found.step.norm())
+            there = point.theta + found.step
+            trial = Point(there, *objective.loss_and_gradient(there))
+            judgement = judge(point, trial, found.predicted, eps, newton=found.newton)
+            if judgement.ratio < self.shrink_below:
                 radius = 0.25 * length
-            elif ratio > self.grow_above and length > 0.9 * radius:
+            elif judgement.ratio > self.grow_above and length > 0.9 * radius:
                 radius = min(2.5 * radius, largest)
-            rejections = 0 if accepted else rejections + 1
+            accepted = judgement.accepted
+            if accepted and bool((trial.gradient != 0).any()):
+                try:
+                    model = self.model(objective, trial.theta, trial.gradient)
+                except NotTwiceDifferentiableError:  # no place to go on from
+                    accepted, radius = False, 0.25 * length
             if accepted:
-                theta, loss, gradient = trial, new_loss, new_gradient
-                if bool((gradient != 0).any()):
-                    hessian = objective.hessian(theta)
-                    if bool(torch.isfinite(hessian).all()):
-                        values, vectors = torch.linalg.eigh(hessian)
-            stuck = (rounding and rejections >= self.max_rejections) or not radius > eps * float(theta.norm()) * 1e-2
-            yield Iterate(theta, loss, gradient, float(values[0]), radius, stuck)
+                point = trial
+            rejections = 0 if accepted else rejections + 1
+            stuck = judgement.rounding and rejections >= self.max_rejections
+            stuck = stuck or not radius > eps * float(point.theta.norm()) * 1e-2
+            yield Iterate(point.theta, point.loss, point.gradient, found.smallest_eigenvalue, radius, stuck)
+
+
+@dataclass(frozen=True)
+class TrustRegionNewton(TrustRegion):
+    """Newton's method in a ball, for any Hessian: definite, indefinite or singular (Moré and Sorensen 1983)."""
+
+    name: str = "trust-region"
+    needs: frozenset[Need] = frozenset({"hessian"})
+    matrices: int = DENSE_MATRICES
+
+    def model(self, objective: Objective, theta: Tensor, gradient: Tensor) -> Model:
+        """One Hessian and its eigendecomposition serve all radii."""
+        values, vectors = eigendecomposition(objective, theta)
+        components = vectors.T @ gradient
+        lowest = float(values[0])
+
+        def solve(radius: float) -> ModelStep:
+            step, predicted = solve_subproblem(values, components, radius)
+            newton = lowest > 0 and float(step.norm()) < 0.99 * radius
+            return ModelStep(vectors @ step, predicted, newton, lowest)
+
+        return solve
+
+
+def eigendecomposition(objective: Objective, theta: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors (columns) of H(θ).
+
+    Raises:
+        NotTwiceDifferentiableError: If H is not finite.
+    """
+    hessian = objective.hessian(theta)
+    if not bool(torch.isfinite(hessian).all()):
+        raise NotTwiceDifferentiableError("the Hessian is not finite at this point: start where the loss is smooth.")
+    values, vectors = torch.linalg.eigh(hessian)
+    return values, vectors
 
 
 def solve_subproblem(values: Tensor, components: Tensor, radius: float) -> tuple[Tensor, float]:

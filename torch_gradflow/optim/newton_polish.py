@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torch_gradflow.minimize.methods import find_method
 from torch_gradflow.minimize.minimize import MinimizeRun, check_memory, check_settings
 from torch_gradflow.minimize.result import MinimizeReport, MinimizeResult
 from torch_gradflow.objectives.base import ClosureError, DerivativeError
@@ -30,11 +31,11 @@ class NewtonPolish(ClosureOptimizer):
     Args:
         params: Parameters or parameter groups, as for any torch optimizer; dense, real, on one device.
         lr: Only whether it is zero matters: ``lr=0`` freezes a group.
-        method: "auto" or "trust-region": exact trust-region Newton on dense Hessians (by torch.func, or by
-            double backward where torch.func fails or is wrong).
+        method: "auto", or the name of a minimiser, see ``torch_gradflow.minimize.methods``: for instance "trust-region"
+            (Newton on dense Hessians), "trust-region-lanczos" (without matrices), "levenberg-marquardt", "bfgs", "lbfgs".
         gtol: Done when ‖∇L‖ in the infinity norm is at most this. float64 resolves 1e-13 on well-scaled problems; float32
             about 1e-5, and the status is then "rounding".
-        max_iter: Most trial steps; None for 2000.
+        max_iter: Most trial steps; None for 2000, or 20 000 for methods that evaluate nothing but gradients.
         weight_decay: λ: adds λ/2 ‖θ‖² to L.
         max_norm: c: adds the barrier (w − c)³/3 for w = ‖θ‖²/(2P) > c.
         maximize: Maximise L instead. The penalties are minimised all the same.
@@ -42,7 +43,8 @@ class NewtonPolish(ClosureOptimizer):
         engine: "auto", "perceptron", "replay" or "closure", see ``GradientFlow``.
         check: Check the closure's contract on the first step, with two more calls of it.
         record: Whether ``zero_grad()`` records the forward pass that follows, for ``step()`` without a closure.
-        certificate: Whether to classify the point (two more Hessians).
+        certificate: Whether to classify the point, see ``certify`` for what that costs.
+        escape: Whether to leave a saddle that was found, along a direction in which the loss falls, and go on.
         progress: True for a progress bar, or a function that is given a ``MinimizeReport`` per iteration.
 
     Attributes:
@@ -68,14 +70,16 @@ class NewtonPolish(ClosureOptimizer):
         check: bool = True,
         record: bool = True,
         certificate: bool = True,
+        escape: bool = False,
         progress: bool | Callable[[MinimizeReport], Any] | None = None,
     ) -> None:
-        check_settings(method, gtol, max_iter, certificate, progress)
+        check_settings(method, gtol, max_iter, certificate, escape, progress)
         self._run: dict[str, Any] = {
             "method": method,
             "gtol": gtol,
             "max_iter": max_iter,
             "certificate": certificate,
+            "escape": escape,
             "progress": progress,
         }
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
@@ -107,7 +111,8 @@ class NewtonPolish(ClosureOptimizer):
             ClosureError: If there is no closure, and no record of the loop that serves, with the reason; or if the
                 closure breaks its contract.
             DerivativeError: If its second derivatives cannot be had or confirmed.
-            MemoryError: If dense Hessians would not fit into memory; nothing was changed.
+            ImportError: For a method of a package that is not installed.
+            MemoryError: If the method's dense matrices would not fit into memory; nothing was changed.
             FloatingPointError: If loss or gradient are not finite at the start.
             KeyboardInterrupt: After Ctrl-C; the parameters are the best point so far, and ``result`` is set.
         """
@@ -116,7 +121,8 @@ class NewtonPolish(ClosureOptimizer):
             if active is None:
                 return self._without_motion(closure)
             self._check_closure(closure)
-            check_memory(active.layout.n_parameters, active.layout.dtype, active.layout.device)
+            layout = active.layout
+            check_memory(find_method(self._run["method"]), layout.n_parameters, layout.dtype, layout.device)
             try:
                 return self._polish(closure, recording, active)
             except NoRecord as why:
