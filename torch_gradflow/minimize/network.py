@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from torch_gradflow.objectives.base import Objective
+from torch_gradflow.objectives.module import ModuleObjective
 from torch_gradflow.objectives.perceptron import PerceptronObjective
 from torch_gradflow.objectives.recognition import RecognisedPerceptron
+from torch_gradflow.objectives.regularized import Penalties, Regularized, Rescaled
 from torch_gradflow.perceptron.activations import Activation
 from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
 
@@ -88,25 +90,51 @@ def known_network(objective: Objective, given: Perceptron | RecognisedPerceptron
     """What is known of the network behind an objective; None where that is nothing.
 
     Args:
-        objective: L(θ). Of a ``PerceptronObjective`` the network is known, with θ taken as φ.
+        objective: L(θ): a ``PerceptronObjective``, a ``ModuleObjective`` that is one, or such a one rescaled or penalised.
         given: What its user knows: the network, where θ is φ, or the network with its loss and its data.
 
     Raises:
         ValueError: If what is given has another number of parameters than the objective.
     """
-    if given is None:
-        if not isinstance(objective, PerceptronObjective) or objective.network.n_parameters != objective.n_parameters:
-            return None
-        given = objective.network
+    if given is not None:
+        known = _described(objective, given)
+        if len(known.scale) != objective.n_parameters:
+            raise ValueError(
+                f"network must have the {objective.n_parameters} parameters of the objective; it has {len(known.scale)}."
+            )
+        return known
+    if isinstance(objective, Rescaled):
+        base = known_network(objective.base, None)
+        return None if base is None else _rescaled(base, objective.scale)
+    if isinstance(objective, Regularized):
+        base = known_network(objective.base, None)
+        return None if base is None else _penalised(base, objective.penalties)
+    if isinstance(objective, ModuleObjective):
+        perceptron = objective.perceptron
+        return None if perceptron is None else _described(objective, perceptron.recognised)
+    return _described(objective, objective.recognised) if isinstance(objective, PerceptronObjective) else None
+
+
+def _described(objective: Objective, given: Perceptron | RecognisedPerceptron) -> KnownNetwork:
     if isinstance(given, Perceptron):
-        n = given.n_parameters
-        index = torch.arange(n, device=objective.device)
-        frozen = scale = loss = samples = decay = None
-    else:
-        index, frozen, scale, decay = given.index.to(objective.device), given.frozen, given.scale, given.decay
-        n, loss, samples = int(index.max()) + 1, given.loss, given.samples
-        given = given.network
-    if n != objective.n_parameters:
-        raise ValueError(f"network must have the {objective.n_parameters} parameters of the objective; it has {n}.")
-    one = torch.ones(n, dtype=objective.dtype, device=objective.device)
-    return KnownNetwork(given, loss, samples, index, frozen, one if scale is None else scale, decay)
+        index = torch.arange(given.n_parameters, device=objective.device)
+        return KnownNetwork(given, None, None, index, None, torch.ones_like(index, dtype=objective.dtype), None)
+    index = given.index.to(objective.device)
+    one = torch.ones(int(index.max()) + 1, dtype=objective.dtype, device=objective.device)
+    frozen, scale, decay = (None if t is None else t.to(one) for t in (given.frozen, given.scale, given.decay))
+    return KnownNetwork(given.network, given.loss, given.samples, index, frozen, one if scale is None else scale, decay)
+
+
+def _rescaled(known: KnownNetwork, root: Tensor) -> KnownNetwork:
+    """With θ = D^½ φ for θ."""
+    return replace(known, scale=known.scale * root, decay=None if known.decay is None else known.decay * root**2)
+
+
+def _penalised(known: KnownNetwork, penalties: Penalties) -> KnownNetwork:
+    """With λ/2 ‖θ‖² in the loss. With a barrier, or where L is maximised, the loss is no longer known, but the network is."""
+    if penalties.max_norm is not None or penalties.sign != 1.0:
+        return replace(known, loss=None)
+    if penalties.weight_decay is None:
+        return known
+    decay = 0.5 * penalties.weight_decay
+    return replace(known, decay=decay if known.decay is None else known.decay + decay)

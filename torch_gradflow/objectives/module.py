@@ -165,6 +165,11 @@ class ModuleObjective(FunctionObjective):
         fast = self._fast()
         return super().compensated() if fast is None else fast.compensated()
 
+    @property
+    def perceptron(self) -> PerceptronObjective | None:
+        """The closed form, for the data as they are now; None where it is not known."""
+        return self._fast()
+
     def _fast(self) -> PerceptronObjective | None:
         """The closed form, for the data as they are now."""
         if self._perceptron is not None and self._state != self._present():

@@ -36,6 +36,7 @@ class PerceptronObjective(Objective):
     Attributes:
         kernel: The name of the kernel that serves.
         network: As given.
+        recognised: Network, loss and samples as given, and how φ comes from θ.
 
     Raises:
         ValueError: For data that do not fit the network, or a kernel that cannot serve.
@@ -56,6 +57,8 @@ class PerceptronObjective(Objective):
         counts: EvaluationCounts | None = None,
     ) -> None:
         self.network = network
+        places = torch.arange(network.n_parameters) if index is None else index
+        self.recognised = RecognisedPerceptron(network, loss, samples, places, frozen, scale, decay)
         self.dtype, self.device = dtype, samples.x.device
         self.resolution = torch.finfo(dtype).eps
         self.counts = EvaluationCounts() if counts is None else counts

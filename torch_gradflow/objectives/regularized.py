@@ -75,6 +75,16 @@ class Regularized(Objective):
         self._base = base
         self._penalties = penalties
 
+    @property
+    def base(self) -> Objective:
+        """L."""
+        return self._base
+
+    @property
+    def penalties(self) -> Penalties:
+        """What is added."""
+        return self._penalties
+
     def kind(self) -> tuple[Any, ...]:
         """See ``Objective``."""
         return "regularized", *self._base.kind()
@@ -151,6 +161,16 @@ class Rescaled(Objective):
         self.counts: EvaluationCounts = base.counts
         self._base = base
         self._root = inverse_time_constants.sqrt()
+
+    @property
+    def base(self) -> Objective:
+        """L."""
+        return self._base
+
+    @property
+    def scale(self) -> Tensor:
+        """What multiplies φ in θ, D^½."""
+        return self._root
 
     def kind(self) -> tuple[Any, ...]:
         """See ``Objective``."""
