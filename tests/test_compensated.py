@@ -11,6 +11,7 @@ import torch
 from problems import flat, teacher_student
 from torch import Tensor, nn
 
+from torch_gradflow.minimize.certificate import certify
 from torch_gradflow.minimize.minimize import minimize
 from torch_gradflow.objectives.module import ModuleObjective
 from torch_gradflow.objectives.perceptron import PerceptronObjective
@@ -213,3 +214,12 @@ def test_what_is_not_offered_is_refused_with_the_reason() -> None:
     module = ModuleObjective(model, nn.MSELoss(), (samples.x.T, torch.zeros(9, 2, dtype=torch.float64)))
     with pytest.raises(NotImplementedError, match="perceptrons in closed form only"):
         module.compensated()
+
+
+def test_certificates_tell_the_gradient_norm_without_rounding() -> None:
+    objective, samples, theta = near_a_minimum()
+    certificate = certify(objective, theta)
+    assert certificate.kind != "not critical"
+    with mp.workdps(50):
+        norm = max(abs(component) for component in exact(objective.network, samples, theta)[1])
+        assert abs(certificate.gradient_norm - norm) <= 1e-15 * norm
