@@ -398,7 +398,7 @@ MINIMA: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"theta0": torch.zeros(3, dtype=torch.float64)}, ValueError, r"\btheta0 must .*\(13,\).*\(3,\)"),
     ({"theta0": torch.zeros(13)}, TypeError, r"\btheta0 must .*torch\.float64.*torch\.float32"),
     ({"theta0": torch.full((13,), math.inf, dtype=torch.float64)}, FloatingPointError, r"not finite at theta0"),
-    ({"method": "bfgs"}, ValueError, r"\bmethod must .*'bfgs'"),
+    ({"method": "BFGS"}, ValueError, r"\bmethod must .*'BFGS'"),
     ({"gtol": -1e-3}, ValueError, r"\bgtol must .*-0\.001"),
     ({"gtol": "x"}, TypeError, r"\bgtol must .*'x'"),
     ({"max_iter": 0}, ValueError, r"\bmax_iter must .*0"),
@@ -418,7 +418,7 @@ def test_arguments_of_minimize(settings: dict[str, Any], error: type[Exception],
 def test_hessian_that_does_not_fit_is_refused_before_anything_is_allocated() -> None:
     """With the number of parameters and the size it would take; the closure is not even called."""
     model = nn.Linear(2000, 1000)
-    optimizer = NewtonPolish(model.parameters())
+    optimizer = NewtonPolish(model.parameters(), method="trust-region")
 
     def closure() -> Tensor:
         raise AssertionError("the closure was called")

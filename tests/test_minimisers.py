@@ -18,6 +18,7 @@ from problems import NumpyPerceptron, flat, make_closure, teacher_student
 from torch import Tensor, nn
 
 from torch_gradflow import DerivativeError, ModuleObjective, NewtonPolish, Objective, integrate, minimize
+from torch_gradflow.minimize import auto
 from torch_gradflow.minimize.acceptance import Point, improves, judge
 from torch_gradflow.minimize.krylov import KrylovSpace, truncated_cg
 from torch_gradflow.minimize.line_search import LinePoint, LineSearch
@@ -575,17 +576,19 @@ def valley(theta: Tensor) -> Tensor:
     return 1e4 * (radius - 1) ** 2 + 1e-3 * (1 - theta[0] / radius)
 
 
-def test_auto_follows_the_flow_along_a_valley() -> None:
+def test_auto_follows_the_flow_along_a_valley(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where Newton's steps stay short and there are no residuals; the choices tell, and the end is the minimum."""
+    monkeypatch.setattr(auto, "LONG_PATIENCE", 30)
     result = minimize(objective_of(valley, 2), vector(-0.99, 0.14), method="auto")
-    assert [choice.method for choice in result.choices] == ["trust-region", "bdf", "trust-region"]
+    assert [choice.method for choice in result.choices][:2] == ["trust-region", "bdf"]
     assert result.theta.tolist() == pytest.approx([1.0, 0.0], abs=1e-9)
     assert result.certificate is not None
     assert result.certificate.kind == "minimum"
 
 
-def test_ctrl_c_within_the_flow() -> None:
+def test_ctrl_c_within_the_flow(monkeypatch: pytest.MonkeyPatch) -> None:
     """The point to which the flow came is kept."""
+    monkeypatch.setattr(auto, "LONG_PATIENCE", 30)
 
     class Interrupted(FunctionObjective):
         def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -599,6 +602,27 @@ def test_ctrl_c_within_the_flow() -> None:
     assert result.status == "interrupted"
     assert [choice.method for choice in result.choices] == ["trust-region", "bdf"]
     assert result.loss <= float(valley(vector(-0.99, 0.14)))
+
+
+def test_auto_uses_krylov_spaces_where_hessians_are_dear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond so many parameters; the end is the same."""
+    monkeypatch.setattr(auto, "MAX_DENSE", 3)
+    result = minimize(objective_of(rosenbrock, 4), vector(-1.2, 1.0, -1.2, 1.0))
+    assert [choice.method for choice in result.choices] == ["trust-region-lanczos"]
+    assert result.n_hessian <= 5  # those of the certificate
+    assert np.abs(scipy.optimize.rosen_der(result.theta.numpy())).max() <= 1e-12
+
+
+def test_auto_hands_over_where_rounding_stops_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To Newton's method, whose gradient test goes farther; the loss never rises on the way."""
+    monkeypatch.setattr(auto, "LONG_PATIENCE", 2)
+    model, x, y = teacher_student(6, n_student=3)
+    losses: list[float] = []
+    objective = ModuleObjective(model, nn.functional.mse_loss, (x, y))
+    result = minimize(objective, flat(model), certificate=False, progress=lambda report: losses.append(report.loss))
+    assert result.status == "converged", result.message
+    assert "levenberg-marquardt" in [choice.method for choice in result.choices]
+    assert all(b <= a * (1 + 1e-12) for a, b in pairwise(losses))
 
 
 def test_all_methods_are_listed() -> None:

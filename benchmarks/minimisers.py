@@ -1,0 +1,340 @@
+"""Minimisers side by side: ours and others on the same objective, from the same starts, to a gradient of 1e-13.
+
+Starts are θ0 and the ends of gradient flows to t = 1e3 and 1e5. A run ends when the gradient norm is at most 1e-13, when the
+method gives up, or when it has spent what it may; the best point that it saw counts. Work is counted in gradients: each
+Hessian, Hessian–vector product and Jacobian counts what it costs, measured in the same run. A Jacobian of a peer counts as
+much as one of ours, which includes its triangular factor. Other linear algebra shows in the seconds only.
+
+    python benchmarks/minimisers.py [--quick] [--problems T33 digits] [--methods auto newton] [--seeds 1 2] [--output FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path as File
+from typing import Any
+
+import torch
+from _minima import ADAPTED, GTOL, MISSING, PEERS, PROBLEMS, Found, Meter, Problem, Setting, versions
+from derivatives import commit, settle
+from integrators import median_seconds, without_nan
+from torch import Tensor
+
+from torch_gradflow import certify, integrate, minimize
+from torch_gradflow.minimize.minimize import MinimizeRun
+
+RESULTS = File(__file__).parent / "results" / "minimisers.json"
+OURS = (
+    "auto",
+    "trust-region",
+    "levenberg-marquardt",
+    "trust-region-lanczos",
+    "trust-region-cg",
+    "newton",
+    "saddle-free",
+    "bfgs",
+    "lbfgs",
+)
+QUICK = {"T33, r = 8": (1, 2), "T33, r = 3": (2, 5), "diabetes": (1,)}
+# Run on the first seeds only.
+SLOW, FIRST = (
+    (
+        "torch LBFGS",
+        "Adam",
+        "torchmin newton-exact",
+        "torchmin trust-exact",
+        "torchmin bfgs",
+        "trust-region-cg",
+        "scipy L-BFGS-B",
+    ),
+    2,
+)
+# Iterations beyond the goal, for the loss that can be reached.
+AFTERWARDS = 200
+# "Never more than this times the best peer."
+WORST = 1.5
+
+
+@dataclass
+class Row:
+    """One method from one start.
+
+    Attributes:
+        start: Flow time of the start.
+        counts: Evaluations: "gradient", "hvp", "hessian", "jacobian".
+        work: The same in gradients, by measured costs.
+        kind: Of the end, by the certificate, for "auto".
+        last_loss: Of "auto" where it goes on until rounding ends it, or a few more iterations.
+    """
+
+    problem: str
+    seed: int
+    start: float
+    method: str
+    loss: float
+    grad_norm: float
+    counts: dict[str, int]
+    work: float
+    seconds: float
+    status: str
+    choices: list[tuple[int, str]]
+    kind: str = ""
+    last_loss: float = math.nan
+
+    @property
+    def reached(self) -> bool:
+        """Whether the gradient came down to the goal."""
+        return self.grad_norm <= GTOL
+
+
+def ours(method: str, made: Setting, theta: Tensor, meter: Meter) -> Found:
+    """One of our methods, or one of scipy's or NLopt's through our adapter, within its limit."""
+
+    def watch(report: Any) -> None:
+        if meter.is_over():
+            raise KeyboardInterrupt
+
+    run = MinimizeRun(made.objective, theta, method=method, gtol=GTOL, max_iter=10**6, certificate=False, progress=watch)
+    status = ""
+    try:
+        run.run()
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        status = f"{type(error).__name__}: {error}"[:100]
+    result = run.result()
+    choices = [(choice.n_iter, choice.method) for choice in result.choices]
+    return Found(result.theta, result.loss, result.grad_norm, status or result.status, choices)
+
+
+def costs_of(made: Setting) -> dict[str, float]:
+    """Median seconds per call."""
+    objective, theta = made.objective, made.theta0
+    vector = torch.randn(len(theta), dtype=theta.dtype, generator=torch.Generator().manual_seed(0))
+    costs = {
+        "gradient": median_seconds(lambda: objective.loss_and_gradient(theta)),
+        "hvp": median_seconds(lambda: objective.hvp(theta, vector)),
+        "hessian": median_seconds(lambda: objective.hessian(theta)),
+        "jacobian": 0.0,
+    }
+    if objective.has_residuals:
+        costs["jacobian"] = median_seconds(lambda: objective.least_squares(theta))
+    return costs
+
+
+def run(problem: Problem, seed: int, start: float, method: str, made: Setting, theta: Tensor, costs: dict[str, float]) -> Row:
+    """One method from one start; where "auto" arrives, with a certificate, and the loss at which rounding ends it."""
+    meter, began = Meter(made.objective, costs, problem.work), time.perf_counter()
+    peer = PEERS.get(method)
+    found = ours(ADAPTED.get(method, method), made, theta, meter) if peer is None else peer(made, theta, meter)
+    seconds = time.perf_counter() - began
+    row = Row(
+        problem.name,
+        seed,
+        start,
+        method,
+        found.loss,
+        found.grad_norm,
+        meter.counts(),
+        meter.work(),
+        seconds,
+        found.status,
+        found.choices,
+    )
+    if method == "auto":
+        if row.reached:
+            row.last_loss = minimize(made.objective, found.theta, gtol=0.0, max_iter=AFTERWARDS, certificate=False).loss
+        row.kind = certify(made.objective, found.theta, gtol=GTOL).end
+    return row
+
+
+def compare(problem: Problem, seed: int, methods: Sequence[str]) -> tuple[list[Row], dict[str, Any]]:
+    """All methods from all starts."""
+    made = problem.make(seed)
+    costs = costs_of(made)
+    print(f"\n{problem.name}, seed {seed}: P = {made.objective.n_parameters}; " + costs_line(costs), flush=True)
+    told: dict[str, Any] = {"problem": problem.name, "seed": seed, "costs": costs, "flow": {}}
+    rows = []
+    for start in problem.starts:
+        theta, spent = made.theta0, 0
+        if start > 0:
+            method = "bdf" if made.objective.n_parameters <= 300 else "bdf-cg"
+            flow = integrate(made.objective, made.theta0, (0.0, start), method=method, rtol=1e-5)
+            theta, spent = flow.theta[-1], flow.n_hessian
+        told["flow"][start] = spent
+        for method in methods:
+            if (
+                method in problem.few
+                or (method in SLOW and seed > FIRST)
+                or (method == "levenberg-marquardt" and not made.objective.has_residuals)
+            ):
+                continue
+            row = run(problem, seed, start, method, made, theta, costs)
+            rows.append(row)
+            show(row)
+    return rows, told
+
+
+def costs_line(costs: dict[str, float]) -> str:
+    first = costs["gradient"]
+    return f"a gradient takes {1e3 * first:.3g} ms, " + ", ".join(
+        f"a {name} {seconds / first:.1f} of it" for name, seconds in costs.items() if name != "gradient" and seconds
+    )
+
+
+def show(row: Row) -> None:
+    counts = " ".join(f"{n} {name[:3]}" for name, n in row.counts.items() if n)
+    mark = "*" if row.reached else " "
+    told = f"{row.kind or row.status[:40]} {row.choices or ''}"
+    print(
+        f"  {row.start:6.0e} {row.method:22} {mark}{row.loss:.3e} {row.grad_norm:.0e} {row.work:9.0f} {row.seconds:7.2f} s  "
+        f"{counts}  {told}",
+        flush=True,
+    )
+
+
+def summary(rows: Sequence[Row], told: Sequence[dict[str, Any]]) -> list[str]:
+    """Per problem and start: how often each method arrives, with how much work; then what was aimed for."""
+    lines = []
+    for problem, start in dict.fromkeys((row.problem, row.start) for row in rows):
+        here = [row for row in rows if (row.problem, row.start) == (problem, start)]
+        seeds = len({row.seed for row in here})
+        lines.append(f"\n{problem}, from t = {start:g} ({seeds} seeds): seeds reached; median work in gradients, and seconds")
+        for method in dict.fromkeys(row.method for row in here):
+            done = [row for row in here if row.method == method and row.reached]
+            n = len(done)
+            tail = (
+                f"{statistics.median(r.work for r in done):9.0f} {statistics.median(r.seconds for r in done):8.2f}"
+                if n
+                else ""
+            )
+            lines.append(f"  {method:22} {n:2d} {tail}")
+        lines += ratios(here)
+    return lines + goals(rows, told)
+
+
+def ratios(here: Sequence[Row]) -> list[str]:
+    """Work and seconds of "auto" over those of the best peer, seed by seed."""
+    found: dict[str, list[float]] = {"work": [], "seconds": []}
+    alone = behind = 0
+    for seed in sorted({row.seed for row in here}):
+        same = [row for row in here if row.seed == seed]
+        auto = next((row for row in same if row.method == "auto"), None)
+        peers = [row for row in same if row.method not in OURS and row.reached]
+        if auto is None:
+            continue
+        if auto.reached and peers:
+            for what, values in found.items():
+                values.append(getattr(auto, what) / max(min(getattr(row, what) for row in peers), 1e-9))
+        alone += auto.reached and not peers
+        behind += bool(peers) and not auto.reached
+    lines = [f"  auto alone arrives on {alone} seeds, a peer alone on {behind}"]
+    for what, values in found.items():
+        if values:
+            worse = sum(value > WORST for value in values)
+            lines.append(
+                f"  {what} of auto over the best peer's: median {statistics.median(values):.2f}, largest {max(values):.2f}, "
+                f"above {WORST} on {worse} of {len(values)}"
+            )
+    return lines
+
+
+def goals(rows: Sequence[Row], told: Sequence[dict[str, Any]]) -> list[str]:
+    """Where every neuron of the teacher can be learned: Hessians and Jacobians from θ0 on, and what is certified."""
+    lines = [""]
+    for start in dict.fromkeys(row.start for row in rows):
+        same = [row for row in rows if (row.problem, row.method, row.start) == ("T33, r = 8", "auto", start)]
+        if not same:
+            continue
+        spent = {t["seed"]: t["flow"].get(start, 0) for t in told if t["problem"] == "T33, r = 8"}
+        second = [row.counts["hessian"] + row.counts["jacobian"] + spent[row.seed] for row in same]
+        told_each = "/".join(f"{n}" if row.reached else f"({n})" for n, row in zip(second, same, strict=True))
+        zero = sum(row.reached and row.last_loss <= 1e-25 for row in same)
+        lines.append(f"T33, r = 8, auto from t = {start:g}: Hessians and Jacobians from θ0 on {told_each}; () not reached")
+        lines.append(
+            f"    reached {sum(row.reached for row in same)} of {len(same)}; on to rounding, loss up to 1e-25: {zero}"
+        )
+        lines.append("    certified: " + ", ".join(f"{row.seed}: {row.kind}" for row in same))
+    return lines
+
+
+def environment(arguments: argparse.Namespace) -> dict[str, Any]:
+    lines = File("/proc/cpuinfo").read_text().splitlines() if File("/proc/cpuinfo").exists() else []
+    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return versions() | {
+        "python": platform.python_version(),
+        "cpu": models[0] if models else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": 1,
+        "load of the machine": [round(load, 1) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
+        "quick": arguments.quick,
+    }
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--problems", nargs="+", metavar="NAME", help="beginnings of: " + "; ".join(p.name for p in PROBLEMS))
+    parser.add_argument("--methods", nargs="+", metavar="NAME", help=f"of {', '.join((*OURS, *ADAPTED, *PEERS))}")
+    parser.add_argument("--seeds", nargs="+", type=int, help="of those that the problem has")
+    parser.add_argument("--work", type=float, help="what a run may take, in gradients, instead of what the problem says")
+    parser.add_argument("--quick", action="store_true", help="few problems and seeds, and less work; nothing is kept")
+    parser.add_argument("--output", type=File, help=f"where results are kept ({RESULTS}, if the run is complete)")
+    arguments = parser.parse_args()
+    if not (arguments.quick or arguments.problems or arguments.methods or arguments.seeds or arguments.work):
+        arguments.output = arguments.output or RESULTS
+    return arguments
+
+
+def chosen(arguments: argparse.Namespace) -> Iterable[tuple[Problem, int]]:
+    """Problems and seeds that were asked for."""
+    for problem in PROBLEMS:
+        wanted = not arguments.problems or any(problem.name.startswith(name) for name in arguments.problems)
+        if not wanted or (arguments.quick and not arguments.problems and problem.name not in QUICK):
+            continue
+        seeds = QUICK.get(problem.name, (1,)) if arguments.quick else range(1, problem.seeds + 1)
+        limit = arguments.work or (3000.0 if arguments.quick else problem.work)
+        for seed in seeds:
+            if not arguments.seeds or seed in arguments.seeds:
+                yield Problem(problem.name, problem.make, problem.seeds, problem.starts, limit, problem.few), seed
+
+
+def main() -> None:
+    """Measure, print and keep the results."""
+    arguments = parsed()
+    settle(1)
+    torch.set_num_threads(1)
+    for name, why in MISSING.items():
+        print(f"{name} is left out: {why}")
+    everything = (*OURS, *ADAPTED, *PEERS)
+    methods = [name for name in everything if not arguments.methods or name in arguments.methods]
+    rows: list[Row] = []
+    told: list[dict[str, Any]] = []
+    for problem, seed in chosen(arguments):
+        found, what = compare(problem, seed, methods)
+        rows += found
+        told.append(what)
+    lines = summary(rows, told)
+    print("\n".join(lines))
+    if arguments.output:
+        kept = {
+            "environment": environment(arguments),
+            "summary": [line for line in lines if line],
+            "problems": told,
+            "rows": [asdict(row) for row in rows],
+        }
+        arguments.output.parent.mkdir(exist_ok=True)
+        arguments.output.write_text(json.dumps(without_nan(kept), indent=1, ensure_ascii=False) + "\n")
+        print(f"Results in {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
