@@ -15,11 +15,12 @@ from problems import teacher_student
 from torch import Tensor, nn
 
 from torch_gradflow import integrate
-from torch_gradflow.flow import bdf_secant
+from torch_gradflow.flow import bdf_secant, secant
 from torch_gradflow.flow.bdf_secant import BdfSecant, SecantState, advance, begin, pack, unpack
 from torch_gradflow.flow.dense import Clock, polynomial
 from torch_gradflow.flow.method import Arrival, Span
-from torch_gradflow.flow.secant import Dense, LowRank, Pairs
+from torch_gradflow.flow.secant import Dense, Equation, Iteration, LowRank, Pairs, PlainArithmetic
+from torch_gradflow.flow.secant_compiled import CompiledArithmetic
 from torch_gradflow.flow.solution import Knot
 from torch_gradflow.objectives.base import EvaluationCounts, Objective
 from torch_gradflow.objectives.module import ModuleObjective
@@ -462,6 +463,104 @@ def test_pairs_solve_as_the_matrix_that_has_learned_them() -> None:
         assert learned is not None
         torch.testing.assert_close(pairs.solve(base, s), learned(s), rtol=1e-8, atol=1e-9)
     assert pairs.joined(pairs.s[0] + pairs.s[2], pairs.z[0] + pairs.z[2]) is None
+
+
+@pytest.mark.parametrize("n", [3, 33, 90])
+def test_compiled_iterations_are_those_on_tensors(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    eigenvalues, rotation, a = torch.logspace(-1, 1, n, dtype=torch.float64), turned(n), 0.3
+    hessian, plain, compiled = rotation @ torch.diag(eigenvalues) @ rotation.T, PlainArithmetic(), CompiledArithmetic()
+    few = min(n, 20)
+    factors = [
+        (plain.factor(0.9 * hessian, a), compiled.factor(0.9 * hessian, a)),
+        (plain.eigen_factor(rotation.T[-few:].contiguous(), 0.8 * eigenvalues[-few:], a),
+         compiled.eigen_factor(rotation.T[-few:].contiguous(), 0.8 * eigenvalues[-few:], a)),
+        (plain.eigen_factor(random(0, n), random(0), a), compiled.eigen_factor(random(0, n), random(0), a)),
+    ]  # fmt: skip
+    for longest in (math.inf, 0.5):
+        equation = Equation(torch.cat([random(2, n), random(3, n).abs() + 0.1]), a, longest)
+        for one, other in factors:
+            assert one is not None and other is not None
+            at, delta = random(n), random(n)
+            torch.testing.assert_close(other(at), one(at), rtol=1e-10, atol=1e-12)
+            iteration = Iteration(at, hessian @ at, delta, equation.rows[0] + delta, Pairs.none(at))
+            mine = iteration
+            for count in (1, 2):
+                gradient = hessian @ iteration.point
+                found, same = plain.iterated(iteration, gradient, equation, one), compiled.iterated(
+                    mine, gradient, equation, other
+                )  # fmt: skip
+                assert found is not None and same is not None
+                (iteration, size), (mine, mine_size) = found, same
+                assert mine_size == pytest.approx(size, rel=1e-7) and mine.smallest == pytest.approx(iteration.smallest)
+                assert mine.n == len(mine.pairs) == count and torch.equal(mine.found, gradient)
+                for field_name in ("at", "delta", "point"):
+                    expected, value = getattr(iteration, field_name), getattr(mine, field_name)
+                    torch.testing.assert_close(value, expected, rtol=1e-7, atol=1e-9)
+                for field_name in ("s", "z", "q"):
+                    expected, value = getattr(iteration.pairs, field_name), getattr(mine.pairs, field_name)
+                    torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8)
+                assert torch.equal(mine.point, equation.rows[0] + mine.delta)
+            # Gradients that say nothing, or something unusual, are left to others: a displacement that the pairs know, none,
+            # a negative curvature, a gradient that is not finite.
+            known = replace(mine, point=mine.at + mine.pairs.s[0] + 0.5 * mine.pairs.s[1])
+            again = replace(mine, point=mine.at)
+            for case, seen in (
+                (known, mine.found + hessian @ (known.point - mine.at)),
+                (again, mine.found),
+                (mine, mine.found - (a + 1.0) * (mine.point - mine.at)),
+                (mine, mine.found * math.nan),
+            ):
+                case = Iteration(case.at, case.found, case.delta, case.point, case.pairs)
+                assert plain.iterated(case, seen, equation, one) is None
+                assert compiled.iterated(case, seen, equation, other) is None
+
+
+@pytest.mark.parametrize("n", [3, 33, 90])
+def test_compiled_corrections_and_factors_are_those_on_tensors(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    hessian = turned(n) @ torch.diag(torch.logspace(-3, 2, n, dtype=torch.float64)) @ turned(n).T
+    hessian = 0.5 * (hessian + hessian.T)
+    pairs, a, plain, compiled = Pairs.none(hessian[0]), 0.3, PlainArithmetic(), CompiledArithmetic()
+    for _ in range(2):
+        s = torch.randn(n, generator=generator, dtype=torch.float64)
+        joined = pairs.joined(s, hessian @ s + a * s)
+        assert joined is not None
+        pairs = joined
+    matrix = 0.5 * hessian
+    expected, found = plain.corrected(matrix, a, pairs), compiled.corrected(matrix, a, pairs)
+    assert expected is not None and found is not None
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    assert torch.equal(found, found.T)
+    torch.testing.assert_close((found @ pairs.s.T + a * pairs.s.T).T, pairs.z, rtol=1e-8, atol=1e-9)
+    # Neither of them takes what is not positive definite.
+    twice = Pairs(pairs.s[[0, 0]], pairs.z[[0, 0]], pairs.q[[0, 0]])
+    indefinite = matrix - 1.0 * torch.eye(n, dtype=torch.float64)
+    for arithmetic in (plain, compiled):
+        assert arithmetic.factor(indefinite, a) is None
+        assert arithmetic.corrected(indefinite, 0.0, replace(twice, s=turned(n)[:, [0, 0]].T.contiguous())) is None
+
+
+@pytest.mark.parametrize("method", [BdfSecant(), BdfSecant(dense_limit=0, rank=12)])
+def test_a_run_takes_the_same_steps_compiled_and_on_tensors(method: BdfSecant, monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, theta = t33(1)
+    start = Knot(0.0, theta, *objective.loss_and_gradient(theta))
+    assert isinstance(secant.arithmetic_for(theta), CompiledArithmetic)
+    ends, counts = [], []
+    for plain in (False, True):
+        with monkeypatch.context() as patched:
+            if plain:
+                for module in (secant, bdf_secant):
+                    patched.setattr(module, "arithmetic_for", lambda vector: PlainArithmetic())
+            before = objective.counts.n_grad
+            ends.append(method.run(objective, start, Span(30.0, 1e-6, 1e-6), lambda arrival: False))
+            counts.append(objective.counts.n_grad - before)
+    assert counts[0] == counts[1] and ends[0].n_accepted == ends[1].n_accepted and ends[0].n_rejected == ends[1].n_rejected
+    assert relative_error(ends[0].knot.theta, ends[1].knot.theta) < 1e-7
 
 
 def test_few_eigenpairs_serve_many_parameters() -> None:

@@ -16,12 +16,14 @@ from torch_gradflow.objectives.opened import GradientFlowWarning
 from torch_gradflow.objectives.perceptron import Merging, PerceptronObjective
 from torch_gradflow.optim.gradient_flow import GradientFlow
 from torch_gradflow.optim.newton_polish import NewtonPolish
+from torch_gradflow.optimizer_comparison import Comparison, compare
 from torch_gradflow.perceptron.activations import Activation, register_activation
 from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
 
 __all__ = [
     "Activation",
     "ClosureError",
+    "Comparison",
     "CriticalPoint",
     "DerivativeError",
     "Ensemble",
@@ -48,6 +50,7 @@ __all__ = [
     "TrajectoryDistance",
     "WallTime",
     "certify",
+    "compare",
     "gradient",
     "hessian",
     "hessian_spectrum",

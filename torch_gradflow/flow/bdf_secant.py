@@ -43,7 +43,18 @@ from torch_gradflow.flow.method import (
     n_evaluations,
 )
 from torch_gradflow.flow.multistep import MAX_ORDER, MAX_POINTS, OrderControl
-from torch_gradflow.flow.secant import Dense, LowRank, Pairs, Secant, Solve
+from torch_gradflow.flow.secant import (
+    STACK,
+    Dense,
+    Difference,
+    Equation,
+    Iteration,
+    LowRank,
+    Pairs,
+    Secant,
+    Solve,
+    arithmetic_for,
+)
 from torch_gradflow.flow.solution import Knot
 from torch_gradflow.objectives.base import Objective
 
@@ -65,8 +76,6 @@ FAR = 100.0
 GROWTH, PATIENCE, MANY, TOO_MANY = 5.0, 7, 12, 25
 # After so many rejections in a row there is no step that succeeds.
 STUCK = 40
-# So many pairs are kept apart from B within a step.
-STACK = 8
 # How far from a known gradient a suspicious direction is looked at, in tolerances.
 PROBE = 0.1
 
@@ -126,16 +135,11 @@ class SecantState:
         control: Of the order.
         step_size: What the controller wants next, not capped.
         secant: What is known of the Hessian.
-        at: Where L was evaluated last, shape ``(P,)``.
-        found: ∇L there.
         step: The step that is being taken.
-        delta: δ, shape ``(P,)``.
-        pairs: Of B + a I, found in this step.
-        n_iterations: Gradients in this step.
-        smallest: The smallest change among them, in tolerances.
+        iteration: Where that stands.
         accuracy: a of the last accepted step; 0.0 where ``gradient`` is exact.
         asked: The accepted point itself is to be evaluated once more.
-        probe: A displacement from ``at`` along which the curvature is wanted, or None.
+        probe: A displacement from ``iteration.at`` along which the curvature is wanted, or None.
         restless: The objective changed, and did not come to rest since: what goes on instead; or None.
     """
 
@@ -147,13 +151,8 @@ class SecantState:
     control: OrderControl
     step_size: float
     secant: Secant
-    at: Tensor
-    found: Tensor
     step: Step
-    delta: Tensor
-    pairs: Pairs
-    n_iterations: int = 0
-    smallest: float = math.inf
+    iteration: Iteration
     accuracy: float = 0.0
     asked: bool = False
     probe: Tensor | None = None
@@ -205,7 +204,7 @@ class SecantState:
             return self.restless.proposal()
         if self.asked:
             return self.theta[0]
-        return self.step.rows[0] + self.delta if self.probe is None else self.at + self.probe
+        return self.iteration.point if self.probe is None else self.iteration.at + self.probe
 
 
 def begin(
@@ -243,12 +242,17 @@ def begin(
     theta, gradient = theta.detach().clone(), gradient.detach().clone()
     if secant is None:
         secant = nothing(theta)
-    blank = torch.zeros_like(theta)
     state = SecantState(
-        (t,), theta[None], gradient, 0, Clock(t, UNIT * first), OrderControl(), first, secant, theta, gradient,
-        Step(0.0, t, 1, 0.0, (0.0, 0.0, 0.0), theta[None], None), blank, Pairs.none(theta),
+        (t,), theta[None], gradient, 0, Clock(t, UNIT * first), OrderControl(), first, secant,
+        Step(0.0, t, 1, 0.0, (0.0, 0.0, 0.0), theta[None], None),
+        _still(theta, gradient),
     )  # fmt: skip
     return _proposed(state, Limits(cap, rtol, atol, t_end, watch))
+
+
+def _still(theta: Tensor, gradient: Tensor) -> Iteration:
+    """At an accepted point, before there is a step."""
+    return Iteration(theta, gradient, torch.zeros_like(theta), theta, Pairs.none(theta))
 
 
 def nothing(theta: Tensor, dense_limit: int = DENSE_LIMIT, rank: int = RANK) -> Secant:
@@ -287,105 +291,100 @@ def advance(
     Raises:
         FloatingPointError: If the accepted point was evaluated once more, and the gradient is not finite.
     """
-    limits, gradient = Limits(cap, rtol, atol, t_end, watch), gradient.detach()
+    limits, gradient = Limits(cap, rtol, atol, t_end, watch), gradient.detach().contiguous()
     if state.restless is not None:
         return _go_on_restless(state, state.restless, gradient, limits)
     if state.asked:
         return _compare(state, gradient, limits)
     if state.probe is not None:
         return _look(state, state.probe, gradient, limits)
-    return _iterate(state, gradient.clone(), limits)
+    return _iterate(state, gradient, limits)
 
 
 def _iterate(state: SecantState, gradient: Tensor, limits: Limits) -> tuple[SecantState, Verdict]:
     """One iteration towards the solution of the step's equation."""
-    step, delta = state.step, state.delta
-    learned = _learn(state, step.rows[0] + delta, gradient)
-    solve = learned.step.solve
-    if solve is None:
-        return _rejected(learned, math.inf, limits), "rejected"
-    change = -learned.pairs.solve(solve, gradient.add(step.rows[1]).add_(delta, alpha=step.a))
-    size, longest = norm(change, step.rows[4]), 1 / step.constants[1]
-    if not size <= FAR * longest:
-        return _rejected(learned, math.inf, limits), "rejected"
-    if size > longest:
-        change = change * (longest / size)
-    delta = delta + change
+    step, before, taken = state.step, state.iteration, None
+    equation = Equation(step.rows, step.a, 1 / step.constants[1])
+    if step.solve is not None and len(before.pairs) < STACK:
+        taken = arithmetic_for(gradient).iterated(before, gradient, equation, step.solve)
+    if taken is None:
+        state, taken = _reconsidered(state, gradient, equation)
+    if taken is None:
+        return _rejected(state, math.inf, limits), "rejected"
+    now, size = taken
     if size < SETTLED:
-        return _arrived(learned, delta, limits)
-    n_iterations = state.n_iterations + 1
-    stalls = n_iterations >= PATIENCE and size > GROWTH * state.smallest
-    if stalls or (n_iterations >= MANY and size > 1) or n_iterations >= TOO_MANY:
-        return _rejected(learned, math.inf, limits), "rejected"
+        return _arrived(state, now, limits)
+    state = replace(state, iteration=now)
+    stalls = now.n >= PATIENCE and size > GROWTH * now.smallest
+    if not size <= FAR * equation.longest or stalls or (now.n >= MANY and size > 1) or now.n >= TOO_MANY:
+        return _rejected(state, math.inf, limits), "rejected"
     if step.h > limits.cap:
-        return _proposed(replace(learned, secant=learned.secant.learned(learned.pairs, step.a)), limits), "refined"
-    return replace(learned, delta=delta, n_iterations=n_iterations, smallest=min(size, state.smallest)), "refined"
+        return _proposed(replace(state, secant=state.secant.learned(now.pairs, step.a)), limits), "refined"
+    return state, "refined"
 
 
-def _learn(state: SecantState, point: Tensor, gradient: Tensor) -> SecantState:
-    """What the gradient says about the Hessian.
+def _reconsidered(
+    state: SecantState, gradient: Tensor, equation: Equation
+) -> tuple[SecantState, tuple[Iteration, float] | None]:
+    """The iteration where the gradient does not give another pair, or there are too many; where B changes, the state.
 
-    ``step.solve`` is None afterwards if the step is too long: for an unstable mode, or as the gradient is not finite.
+    None if the step is too long: for an unstable mode, or as the gradient is not finite.
     """
-    step = state.step
-    s = point - state.at
-    z = torch.add(gradient - state.found, s, alpha=step.a)
-    s_s, s_z, z_z, size = torch.stack([s @ s, s @ z, z @ z, point @ point]).tolist()
-    if not math.isfinite(z_z):
+    step, before = state.step, state.iteration
+    seen = Difference.at_proposal(before, gradient, equation)
+    if not seen.is_finite or step.solve is None:
         # Nothing is known of that point; and the step is too long as well.
-        return replace(state, step=replace(step, solve=None))
-    learned = replace(state, at=point, found=gradient)
-    eps = torch.finfo(s.dtype).eps
-    if s_s <= (100 * eps) ** 2 * size:
-        return learned
-    if s_z <= eps**0.75 * math.sqrt(s_s * z_z):
-        if not state.n_iterations:
-            # From one step to the next the gradient changes along an arc: that says less.
-            return learned
-        return replace(_corrected(learned, s / math.sqrt(s_s), s_z / s_s - step.a), step=replace(step, solve=None))
-    pairs = state.pairs.joined(s, z) if len(state.pairs) < STACK else None
-    if pairs is None:
-        secant = state.secant.learned(state.pairs, step.a)
-        solve = secant.factor(step.a)
-        pairs = Pairs.none(s).joined(s, z)
-        assert pairs is not None
-        if solve is not None:
-            learned = replace(learned, secant=secant, step=replace(step, solve=solve))
-    return replace(learned, pairs=pairs)
+        return state, None
+    pairs, solve = before.pairs, step.solve
+    if not seen.is_nothing and not seen.is_convex and before.n:  # at n = 0 it says less: the gradient changes along an arc
+        state = replace(state, iteration=before.seen(gradient))
+        return _corrected(state, seen.s / math.sqrt(seen.s_s), seen.s_z / seen.s_s - step.a), None
+    if not seen.is_nothing and seen.is_convex:
+        secant = state.secant.learned(pairs, step.a)
+        better = secant.factor(step.a)
+        newest = Pairs.none(seen.s).joined(seen.s, seen.z)
+        assert newest is not None
+        pairs = newest
+        if better is not None:
+            state, solve = replace(state, secant=secant, step=replace(step, solve=better)), better
+    return state, before.moved(gradient, pairs, equation, solve)
 
 
 def _corrected(state: SecantState, direction: Tensor, curvature: float) -> SecantState:
     """With the curvature along a unit vector known better."""
-    secant = state.secant.learned(state.pairs, state.step.a).corrected(direction, curvature)
-    return replace(state, secant=secant, pairs=Pairs.none(direction))
+    secant = state.secant.learned(state.iteration.pairs, state.step.a).corrected(direction, curvature)
+    return replace(state, secant=secant, iteration=state.iteration.without_pairs())
 
 
 def _look(state: SecantState, probe: Tensor, gradient: Tensor, limits: Limits) -> tuple[SecantState, Verdict]:
     """Whether the curvature that forbids the step is there."""
     length = float(probe.norm())
-    curvature = float(probe @ (gradient - state.found)) / length**2
+    curvature = float(probe @ (gradient - state.iteration.found)) / length**2
     if not math.isfinite(curvature):
         return _rejected(replace(state, probe=None), math.inf, limits), "rejected"
     state = _corrected(replace(state, probe=None), probe / length, curvature)
     if curvature + state.step.a > 0:
         again = _proposed(state, limits)
-        if again.probe is not None and state.n_iterations >= MANY:
+        if again.probe is None:
+            return again, "refined"
+        if state.iteration.n >= MANY:
             return _proposed(replace(state, secant=_forgotten(state.secant)), limits), "refined"
-        return replace(again, n_iterations=0 if again.probe is None else state.n_iterations + 1), "refined"
+        return replace(again, iteration=replace(again.iteration, n=state.iteration.n + 1)), "refined"
     # As long as it is: growth must be followed, not damped.
     shorter = state.step.h * max(0.1, 0.5 * state.step.a / -curvature)
     control = replace(state.control, n_steps=0)
     return _proposed(replace(state, step_size=shorter, control=control), limits), "rejected"
 
 
-def _arrived(state: SecantState, delta: Tensor, limits: Limits) -> tuple[SecantState, Verdict]:
+def _arrived(state: SecantState, iteration: Iteration, limits: Limits) -> tuple[SecantState, Verdict]:
     """The equation is solved: judge the step by its error."""
     step = state.step
-    algebra = algebra_for(delta.device, delta.dtype, len(delta))
-    norms, _, theta, _, gradient = algebra.finish(delta, state.found, step.a, step.order, state.theta, step.rows)
+    delta = iteration.delta
+    algebra = algebra_for(delta.device, delta.dtype, delta.shape[0])
+    norms, _, theta, _, gradient = algebra.finish(delta, iteration.found, step.a, step.order, state.theta, step.rows)
     low, own, high = (size * constant for size, constant in zip(norms, step.constants, strict=True))
     if not own <= 1:
-        return _rejected(state, own if math.isfinite(own) else math.inf, limits), "rejected"
+        return _rejected(replace(state, iteration=iteration), own if math.isfinite(own) else math.inf, limits), "rejected"
     control = OrderControl(step.order, state.control.n_steps, state.control.n_rejected)
     lower, higher = low if step.constants[0] else None, high if step.constants[2] else None
     factor, control = control.accepted(own, lower, higher, len(state.times) == 1)
@@ -400,7 +399,8 @@ def _arrived(state: SecantState, delta: Tensor, limits: Limits) -> tuple[SecantS
         control=control,
         # A step that was cut to end somewhere says nothing against the step size that was wanted.
         step_size=max(state.step_size, longer) if step.h < state.step_size else longer,
-        secant=state.secant.learned(state.pairs, step.a),
+        secant=state.secant.learned(iteration.pairs, step.a),
+        iteration=iteration,
         accuracy=step.a,
     )
     return _proposed(accepted, limits), "accepted"
@@ -420,7 +420,7 @@ def _rejected(state: SecantState, error: float, limits: Limits) -> SecantState:
         degree=min(state.degree, len(times) - 1),
         control=control,
         step_size=state.step.h * factor,
-        secant=state.secant.learned(state.pairs, state.step.a),
+        secant=state.secant.learned(state.iteration.pairs, state.step.a),
     )
     return replace(_proposed(again, limits), asked=limits.watch and control.n_rejected % 2 == 0)
 
@@ -431,16 +431,14 @@ def _proposed(state: SecantState, limits: Limits) -> SecantState:
     wanted = max(state.step_size, floor, 1e-300)
     wanted = limits.cap if wanted >= (1 - adams.HAIR) * limits.cap else wanted
     step = _step(state, approaches(t, wanted, limits.t_end) if t < limits.t_end else wanted, limits)
-    return _with_step(replace(state, pairs=Pairs.none(state.at), n_iterations=0, smallest=math.inf, asked=False), step)
-
-
-def _with_step(state: SecantState, step: Step) -> SecantState:
-    delta = step.rows[3] - step.rows[0] if step.constants[2] else torch.zeros_like(step.rows[0])
+    predicted = step.rows[0]
+    delta = step.rows[3] - predicted if step.constants[2] else torch.zeros_like(predicted)
+    iteration = Iteration(state.iteration.at, state.iteration.found, delta, predicted + delta, Pairs.none(delta))
     probe = None
     if step.solve is None:
         _, direction = state.secant.most_negative()
         probe = direction * (PROBE / norm(direction, step.rows[4]))
-    return replace(state, step=step, delta=delta, probe=probe)
+    return replace(state, step=step, iteration=iteration, probe=probe, asked=False)
 
 
 def _step(state: SecantState, h: float, limits: Limits) -> Step:
@@ -498,13 +496,8 @@ def _restless(state: SecantState, restless: AdamsState) -> SecantState:
         degree=0,
         control=OrderControl(),
         step_size=restless.step_size,
-        at=restless.theta,
-        found=restless.gradients[0],
         secant=_forgotten(state.secant),
-        delta=torch.zeros_like(restless.theta),
-        pairs=Pairs.none(restless.theta),
-        n_iterations=0,
-        smallest=math.inf,
+        iteration=_still(restless.theta, restless.gradients[0]),
         accuracy=0.0,
         asked=False,
         probe=None,
@@ -521,14 +514,15 @@ def _forgotten(secant: Secant) -> Secant:
 
 def pack(state: SecantState) -> Packed:
     """Everything in the state, at whichever of its calls."""
-    secant, restless, pairs = state.secant, state.restless, state.pairs
+    secant, restless, iteration = state.secant, state.restless, state.iteration
+    pairs = iteration.pairs
     known = secant.rows()
-    vectors = [state.gradient, state.at, state.found, state.delta]
+    vectors = [state.gradient, iteration.at, iteration.found, iteration.delta]
     vectors += [] if state.probe is None else [state.probe]
     inner = None if restless is None else adams.pack(restless)
     numbers = [
         state.degree, state.clock.origin, state.clock.unit, state.control.order, state.control.n_steps,
-        state.control.n_rejected, state.step_size, state.step.h, state.step.t, state.n_iterations, state.smallest,
+        state.control.n_rejected, state.step_size, state.step.h, state.step.t, iteration.n, iteration.smallest,
         state.accuracy, state.asked, state.probe is not None, len(known), secant.capacity,
         len(pairs), *pairs.q.tolist(), 0 if inner is None else len(inner.times),
     ]  # fmt: skip
@@ -565,19 +559,17 @@ def unpack(packed: Packed, *, rtol: float, atol: float) -> SecantState:
         control=OrderControl(int(order), int(n_steps), int(n_rejected)),
         step_size=step_size,
         secant=LowRank.of(known, int(capacity)) if capacity else Dense(known),
-        at=at,
-        found=found,
         step=Step(h, t, 1, 0.0, (0.0, 0.0, 0.0), theta[:1], None),
-        delta=delta,
-        pairs=Pairs(s, z, theta.new_tensor(q)),
-        n_iterations=int(n_iterations),
-        smallest=smallest,
+        iteration=_still(at, found),
         accuracy=accuracy,
         asked=bool(asked),
         probe=probe[0] if probe else None,
         restless=restless,
     )
-    return replace(state, step=_step(state, h, Limits(math.inf, rtol, atol, t, True)))
+    step = _step(state, h, Limits(math.inf, rtol, atol, t, True))
+    pairs = Pairs(s, z, theta.new_tensor(q))
+    iteration = Iteration(at, found, delta, step.rows[0] + delta, pairs, int(n_iterations), smallest)
+    return replace(state, step=step, iteration=iteration)
 
 
 class BdfSecant(FlowMethod):
@@ -619,19 +611,19 @@ class BdfSecant(FlowMethod):
                 if verdict == "rejected":
                     n_rejected += 1
                     in_a_row += 1
-                    finite = bool(torch.isfinite(gradient).all()) and bool(torch.isfinite(loss))
+                    finite = bool(torch.isfinite(gradient).all()) and math.isfinite(float(loss))
                     if (not finite and patience.exhausted(state.t)) or in_a_row > STUCK:
                         status = "underflow" if finite else "not finite"
                 elif verdict == "accepted":
                     n_accepted, in_a_row = n_accepted + 1, 0
                     theta = state.theta[0]
                     loss = loss + 0.5 * (gradient + state.gradient) @ (theta - point)
-                    if bool(torch.isfinite(loss)):
-                        knot = Knot(state.t, theta, loss, state.gradient)
                     step_size, interpolant = state.step_size, _path(state)
-                    if not bool(torch.isfinite(loss)):
+                    if not math.isfinite(float(loss)):
                         status = "not finite"
-                    elif state.t >= span.t_end:
+                        continue
+                    knot = Knot(state.t, theta, loss, state.gradient)
+                    if state.t >= span.t_end:
                         status = "t_end"
                     elif visit(Arrival(knot, step_size, interpolant, True, self.name, _remembering(state))):
                         status = "visit"
@@ -678,6 +670,10 @@ def _remembering(state: SecantState) -> Callable[[], Memory]:
 
 def _memory(state: SecantState) -> Memory:
     """What the next run needs; iterations inside a step that is not accepted are begun anew there."""
-    packed = pack(replace(state, pairs=Pairs.none(state.at), secant=state.secant.learned(state.pairs, state.step.a)))
+    packed = pack(
+        replace(
+            state, iteration=state.iteration.without_pairs(), secant=state.secant.learned(state.iteration.pairs, state.step.a)
+        )
+    )
     n = len(state.times)
     return Memory(state.times, packed.rows[:n], state.degree, packed.rows[n:], packed.numbers, state.clock)

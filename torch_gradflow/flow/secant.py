@@ -21,17 +21,29 @@ takes four products of few rows beside one solution by the factor of the M that 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 
 import torch
 from torch import Tensor
+
+from torch_gradflow.flow.control import norm
 
 # What a Cholesky factor, or whatever takes its place, does: M⁻¹ v.
 Solve = Callable[[Tensor], Tensor]
 # A pair of which the others say all but this fraction (of s · z) is not made conjugate: rounding would be left.
 INDEPENDENT = 1e-3
+# Points that differ by less are the same, as a multiple of the rounding error; and s · z is zero below this power of it,
+# relative to the sizes of s and z.
+SAME, ORTHOGONAL = 100.0, 0.75
+# So many pairs are kept apart from B within a step.
+STACK = 8
+# Beyond so many parameters the calls of tensor operations no longer count.
+COMPILED_LIMIT = 2000
 
 
 @dataclass(frozen=True)
@@ -51,10 +63,10 @@ class Pairs:
     @classmethod
     def none(cls, like: Tensor) -> Pairs:
         """No pairs of vectors like this one."""
-        return cls(like.new_zeros(0, len(like)), like.new_zeros(0, len(like)), like.new_zeros(0))
+        return _none(like.shape[0], like.dtype, like.device)
 
     def __len__(self) -> int:
-        return len(self.q)
+        return self.q.shape[0]
 
     def newest(self) -> Pairs:
         """The last one alone: where rounding forbids more, it says most."""
@@ -78,6 +90,190 @@ class Pairs:
         known = (self.s @ right) / self.q
         found = base(right - known @ self.z)
         return found + (known - (self.z @ found) / self.q) @ self.s
+
+
+@cache
+def _none(n_parameters: int, dtype: torch.dtype, device: torch.device) -> Pairs:
+    rows = torch.zeros(0, n_parameters, dtype=dtype, device=device)
+    return Pairs(rows, rows, rows.new_zeros(0))
+
+
+@dataclass(frozen=True)
+class Equation:
+    """That of a step, p′ + a δ = −∇L(θ_p + δ).
+
+    Attributes:
+        rows: Begins with θ_p and p′, and ends with the tolerated errors; shape ``(5, P)``.
+        a: a.
+        longest: The largest change of δ at a time, in tolerances.
+    """
+
+    rows: Tensor
+    a: float
+    longest: float
+
+
+@dataclass(frozen=True)
+class Iteration:
+    """Where the iteration towards its solution stands.
+
+    Attributes:
+        at: Where L was evaluated last, shape ``(P,)``.
+        found: ∇L there.
+        delta: δ, shape ``(P,)``.
+        point: θ_p + δ.
+        pairs: Of B + a I, found in this step.
+        n: Gradients in this step.
+        smallest: The smallest change among them, in tolerances.
+    """
+
+    at: Tensor
+    found: Tensor
+    delta: Tensor
+    point: Tensor
+    pairs: Pairs
+    n: int = 0
+    smallest: float = math.inf
+
+    def without_pairs(self) -> Iteration:
+        """The same after the pairs were learned, or forgotten."""
+        return Iteration(self.at, self.found, self.delta, self.point, Pairs.none(self.at), self.n, self.smallest)
+
+    def seen(self, gradient: Tensor) -> Iteration:
+        """The same after L was evaluated at ``point``; the gradient there is copied."""
+        return Iteration(self.point, gradient.clone(), self.delta, self.point, self.pairs, self.n, self.smallest)
+
+    def moved(self, gradient: Tensor, pairs: Pairs, equation: Equation, solve: Solve) -> tuple[Iteration, float]:
+        """After a quasi-Newton change of δ by the gradient at ``point``, which is copied; its size, before it was cut."""
+        rows = equation.rows
+        change = -pairs.solve(solve, gradient.add(rows[1]).add_(self.delta, alpha=equation.a))
+        size = norm(change, rows[4])
+        if size > equation.longest:
+            change = change * (equation.longest / size)
+        delta = self.delta + change
+        now = Iteration(
+            self.point, gradient.clone(), delta, rows[0] + delta, pairs, self.n + 1, min(size, self.smallest)
+        )  # fmt: skip
+        return now, size
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a gradient at another point shows.
+
+    Attributes:
+        s: The distance from the last point, shape ``(P,)``.
+        z: (H + a I) s.
+        s_s: s · s.
+        s_z: s · z.
+        z_z: z · z.
+        point_point: The square of the point.
+    """
+
+    s: Tensor
+    z: Tensor
+    s_s: float
+    s_z: float
+    z_z: float
+    point_point: float
+
+    @classmethod
+    def at_proposal(cls, iteration: Iteration, gradient: Tensor, equation: Equation) -> Difference:
+        """That of the gradient at θ_p + δ."""
+        point = iteration.point
+        s = point - iteration.at
+        z = torch.add(gradient - iteration.found, s, alpha=equation.a)
+        return cls(s, z, *torch.stack([s @ s, s @ z, z @ z, point @ point]).tolist())
+
+    @property
+    def is_finite(self) -> bool:
+        """Whether the gradient is."""
+        return math.isfinite(self.z_z)
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether that is where it was evaluated last."""
+        return self.s_s <= (SAME * torch.finfo(self.s.dtype).eps) ** 2 * self.point_point
+
+    @property
+    def is_convex(self) -> bool:
+        """Whether M is positive definite along s."""
+        smallest: float = torch.finfo(self.s.dtype).eps ** ORTHOGONAL * math.sqrt(self.s_s * self.z_z)
+        return self.s_z > smallest
+
+
+class Arithmetic(ABC):
+    """The costly steps, in one of two ways."""
+
+    @abstractmethod
+    def iterated(
+        self, iteration: Iteration, gradient: Tensor, equation: Equation, solve: Solve
+    ) -> tuple[Iteration, float] | None:
+        """``Iteration.moved`` with one more pair; None where the gradient does not give one that ``Pairs.joined`` can take."""
+
+    @abstractmethod
+    def factor(self, matrix: Tensor, a: float) -> Solve | None:
+        """How to solve with ``matrix`` + a I; None if that is not positive definite."""
+
+    @abstractmethod
+    def eigen_factor(self, vectors: Tensor, values: Tensor, a: float) -> Solve:
+        """How to solve with B + a I, where B = Σ λ_i u_i u_iᵀ."""
+
+    @abstractmethod
+    def corrected(self, matrix: Tensor, a: float, pairs: Pairs) -> Tensor | None:
+        """``matrix``, corrected by pairs of ``matrix`` + a I; None where Sᵀ M S is singular up to rounding."""
+
+
+class PlainArithmetic(Arithmetic):
+    """On tensors of any kind."""
+
+    def iterated(
+        self, iteration: Iteration, gradient: Tensor, equation: Equation, solve: Solve
+    ) -> tuple[Iteration, float] | None:
+        """See ``Arithmetic``."""
+        seen = Difference.at_proposal(iteration, gradient, equation)
+        if not seen.is_finite or seen.is_nothing or not seen.is_convex:
+            return None
+        pairs = iteration.pairs.joined(seen.s, seen.z)
+        return None if pairs is None else iteration.moved(gradient, pairs, equation, solve)
+
+    def factor(self, matrix: Tensor, a: float) -> Solve | None:
+        """See ``Arithmetic``."""
+        shifted = matrix.clone()
+        shifted.diagonal().add_(a)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if int(failed):
+            return None
+        return lambda right: torch.cholesky_solve(right[:, None], factor)[:, 0]
+
+    def eigen_factor(self, vectors: Tensor, values: Tensor, a: float) -> Solve:
+        """See ``Arithmetic``."""
+        change = -values / (a * (values + a))
+        return lambda right: right / a + (change * (vectors @ right)) @ vectors
+
+    def corrected(self, matrix: Tensor, a: float, pairs: Pairs) -> Tensor | None:
+        """See ``Arithmetic``."""
+        changes = _changes(torch.addmm(pairs.s, pairs.s, matrix, beta=a), pairs)
+        if changes is None:
+            return None
+        gained, lost = changes
+        return matrix + torch.cat([gained, -lost]).T @ torch.cat([gained, lost])
+
+
+def arithmetic_for(vector: Tensor) -> Arithmetic:
+    """Which of them serves: compiled for few parameters in float64 on a CPU, where Numba can be imported."""
+    return _arithmetic_for(vector.device, vector.dtype, vector.shape[-1])
+
+
+@cache
+def _arithmetic_for(device: torch.device, dtype: torch.dtype, n_parameters: int) -> Arithmetic:
+    if device.type != "cpu" or dtype != torch.float64 or n_parameters > COMPILED_LIMIT:
+        return PlainArithmetic()
+    try:
+        compiled: Arithmetic = import_module("torch_gradflow.flow.secant_compiled").CompiledArithmetic()
+    except ImportError:
+        return PlainArithmetic()
+    return compiled
 
 
 class Secant(ABC):
@@ -128,22 +324,16 @@ class Dense(Secant):
 
     def factor(self, a: float) -> Solve | None:
         """See ``Secant``."""
-        shifted = self.matrix.clone()
-        shifted.diagonal().add_(a)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
-        if int(failed):
-            return None
-        return lambda right: torch.cholesky_solve(right[:, None], factor)[:, 0]
+        return arithmetic_for(self.matrix).factor(self.matrix, a)
 
     def learned(self, pairs: Pairs, a: float) -> Dense:
         """See ``Secant``."""
         if not len(pairs):
             return self
-        changes = _changes(torch.addmm(pairs.s, pairs.s, self.matrix, beta=a), pairs)
-        if changes is None:
+        matrix = arithmetic_for(self.matrix).corrected(self.matrix, a, pairs)
+        if matrix is None:
             return self.learned(pairs.newest(), a) if len(pairs) > 1 else self
-        gained, lost = changes
-        return Dense(self.matrix + torch.cat([gained, -lost]).T @ torch.cat([gained, lost]))
+        return Dense(matrix)
 
     def most_negative(self) -> tuple[float, Tensor]:
         """See ``Secant``."""
@@ -185,12 +375,9 @@ class LowRank(Secant):
 
     def factor(self, a: float) -> Solve | None:
         """See ``Secant``."""
-        if not len(self.values):
-            return lambda right: right / a
-        if not float(self.values.min()) > -(1 - 1e-8) * a:
+        if len(self.values) and not float(self.values.min()) > -(1 - 1e-8) * a:
             return None
-        change = -self.values / (a * (self.values + a))
-        return lambda right: right / a + (change * (self.vectors @ right)) @ self.vectors
+        return arithmetic_for(self.vectors).eigen_factor(self.vectors, self.values, a)
 
     def learned(self, pairs: Pairs, a: float) -> LowRank:
         """See ``Secant``."""

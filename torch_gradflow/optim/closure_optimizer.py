@@ -98,6 +98,11 @@ class ClosureOptimizer(Optimizer):
             self.param_groups.pop()
             raise
 
+    @property
+    def max_norm(self) -> float | None:
+        """The c of the barrier that is added to L, or None."""
+        return self._settings.max_norm
+
     def _forget(self) -> None:
         """What need not survive copying, pickling and loading."""
         self._memory = Memory(check=self._settings.check)
