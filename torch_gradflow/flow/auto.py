@@ -62,7 +62,7 @@ TROUBLE, REMEMBERED = 2.5, 0.93
 # Calls that take so many seconds are timed once.
 SLOW = 0.02
 # Seconds per gradient, and per gradient and number kept of the Hessian, that "bdf-secant" spends on its own arithmetic.
-SECANT_CALL, SECANT_ENTRY = 1.5e-4, 7e-9
+SECANT_CALL, SECANT_ENTRY = 8e-5, 6e-9
 # Ways of backward differentiation that are expected to take no more than so many times the cheapest one's cost are tried, too.
 RIVAL = 2.5
 # Steps that a multistep method in charge takes before others may try: it begins with short ones of low order.
