@@ -15,13 +15,25 @@ from torch_gradflow.objectives.module import ModuleObjective, gradient, hessian,
 from torch_gradflow.objectives.opened import GradientFlowWarning
 from torch_gradflow.objectives.perceptron import Merging, PerceptronObjective
 from torch_gradflow.optim.gradient_flow import GradientFlow
+from torch_gradflow.optim.langevin.annealing import TemperatureScheduler
+from torch_gradflow.optim.langevin.hmc import HMC
+from torch_gradflow.optim.langevin.layers import layer_groups
+from torch_gradflow.optim.langevin.observables import Average, Observables, integrated_autocorrelation_time, time_average
+from torch_gradflow.optim.langevin.optimizer import PartitionedLangevin
+from torch_gradflow.optim.langevin.presets import LOL, SGLD, AdLaLa, CCAdL, Langevin, MultiLayerLangevin
 from torch_gradflow.optim.newton_polish import NewtonPolish
 from torch_gradflow.optimizer_comparison import Comparison, compare
 from torch_gradflow.perceptron.activations import Activation, register_activation
 from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
 
 __all__ = [
+    "HMC",
+    "LOL",
+    "SGLD",
     "Activation",
+    "AdLaLa",
+    "Average",
+    "CCAdL",
     "ClosureError",
     "Comparison",
     "CriticalPoint",
@@ -35,18 +47,23 @@ __all__ = [
     "GradientFlow",
     "GradientFlowWarning",
     "GradientNorm",
+    "Langevin",
     "Loss",
     "LossPlateau",
     "LossValue",
     "Merging",
     "MinimizeResult",
     "ModuleObjective",
+    "MultiLayerLangevin",
     "NewtonPolish",
     "Objective",
+    "Observables",
+    "PartitionedLangevin",
     "Perceptron",
     "PerceptronObjective",
     "Proof",
     "Samples",
+    "TemperatureScheduler",
     "TrajectoryDistance",
     "WallTime",
     "certify",
@@ -57,8 +74,11 @@ __all__ = [
     "hvp",
     "integrate",
     "integrate_many",
+    "integrated_autocorrelation_time",
+    "layer_groups",
     "leave_saddle",
     "minimize",
     "register_activation",
+    "time_average",
     "trajectory_distance",
 ]

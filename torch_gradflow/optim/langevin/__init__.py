@@ -1,0 +1,1 @@
+"""Langevin dynamics of the parameters: partitioned thermodynamic integrators, one gradient per step."""
