@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -338,14 +337,3 @@ if torchmin is not None:
         "torchmin trust-exact": torchmin_peer("trust-exact", True, gtol=0.0),
         "torchmin bfgs": torchmin_peer("bfgs", False, gtol=0.0, xtol=0.0, gtd_tol=0.0),
     }
-
-
-def versions() -> dict[str, str | None]:
-    """Of the packages that take part."""
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found

@@ -7,7 +7,6 @@ installed is named in ``MISSING`` and left out.
 
 from __future__ import annotations
 
-import importlib.metadata
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -348,17 +347,6 @@ if diffrax is not None:
     PEERS |= {"diffrax Kvaerno5": diffrax_peer("Kvaerno5", None), "diffrax Tsit5": diffrax_peer("Tsit5", 6)}
 else:
     MISSING["diffrax"] = "diffrax or jax is not installed (pip install diffrax)"
-
-
-def versions() -> dict[str, str | None]:
-    """Of the packages that take part."""
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    return found
 
 
 def attempt(run: Peer, task: Task, tolerance: float) -> Path:

@@ -11,11 +11,7 @@ out. With one thread, the process keeps to one core.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import random
 import statistics
 import subprocess
@@ -28,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _environment import environment, settle
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 
@@ -40,6 +37,7 @@ try:
 except ImportError:
     jax = None
 
+PACKAGES = ("torch", "numba", "numpy", "jax")
 RESULTS = Path(__file__).parent / "results" / "derivatives.json"
 WHOLE, BARE, PLAIN = "PerceptronObjective", "compiled kernel alone", "plain torch kernel"
 OURS = (WHOLE, BARE, PLAIN)
@@ -624,52 +622,6 @@ def high_water() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 
 
-def settle(threads: int) -> None:
-    """Start anew, with one core or several, and with libraries that use as many threads."""
-    wanted = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), str(threads))
-    if threads == 1:
-        wanted["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-    if all(os.environ.get(name) == value for name, value in wanted.items()):
-        return
-    if threads == 1 and hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
-
-
-def environment(arguments: argparse.Namespace) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    versions = {name: version_of(name) for name in ("torch", "numba", "numpy", "jax")}
-    return versions | {
-        "python": platform.python_version(),
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": arguments.threads,
-        "load of the machine": [round(load, 1) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "limit": arguments.limit,
-        "budget": arguments.budget,
-    }
-
-
-def commit() -> str | None:
-    """Of the code that was measured; with "dirty" if it was changed since."""
-    command = ["git", "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(command, cwd=RESULTS.parents[1], capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def keep(path: Path, section: str, found: dict[str, Any]) -> None:
     """Write the results, beside those with another number of threads."""
     path.parent.mkdir(exist_ok=True)
@@ -709,7 +661,8 @@ def main() -> None:
         print("jax is not installed, and left out. To compare with it: pip install jax")
     else:
         jax.config.update("jax_enable_x64", True)
-    began, found = time.perf_counter(), {"environment": environment(arguments)}
+    own = {"capability": torch.backends.cpu.get_cpu_capability(), "limit": arguments.limit, "budget": arguments.budget}
+    began, found = time.perf_counter(), {"environment": environment(PACKAGES, arguments.threads, **own)}
     tables: Tables = {}
     for table, cells in (QUICK if arguments.quick else CELLS).items():
         heading(table, NAMES[table])

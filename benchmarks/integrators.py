@@ -11,12 +11,9 @@ short is timed three times. Costs per call are measured in the same run, and "co
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -27,10 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from _environment import environment, settle
 from _flows import PROBLEMS, QUICK, QUICK_TOLERANCES, Problem, Setting
-from _peers import MISSING, OPTIMIZERS, PEERS, Path, Peer, Task, attempt, jax_flow, versions
+from _peers import MISSING, OPTIMIZERS, PACKAGES, PEERS, Path, Peer, Task, attempt, jax_flow
 from _work import OURS, Results, Row, bracket, draw, failures, goals, show_work
-from derivatives import commit, settle
 from torch import Tensor
 
 from torch_gradflow import WallTime, integrate
@@ -262,21 +259,6 @@ def optimizers(problem: Problem) -> list[dict[str, Any]]:
     return found
 
 
-def environment(arguments: argparse.Namespace) -> dict[str, Any]:
-    lines = File("/proc/cpuinfo").read_text().splitlines() if File("/proc/cpuinfo").exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return versions() | {
-        "python": platform.python_version(),
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "load of the machine": [round(load, 1) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "quick": arguments.quick,
-    }
-
-
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", metavar="NAME", help="beginnings of: " + "; ".join(p.name for p in PROBLEMS))
@@ -325,7 +307,7 @@ def main() -> None:
     began, problems = time.perf_counter(), chosen(arguments)
     rows: list[Row] = []
     told: list[dict[str, Any]] = []
-    found: dict[str, Any] = {"environment": environment(arguments)}
+    found: dict[str, Any] = {"environment": environment(PACKAGES, 1, quick=arguments.quick)}
     for problem in problems:
         if arguments.quick:
             few = {

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from _environment import environment
 from torch import nn
 
 from torch_gradflow import LOL, SGLD, AdLaLa, CCAdL, Langevin
@@ -94,8 +94,8 @@ def main() -> None:
             step, noise = (results[size][name][what] / results[size]["Adam"]["step"] for what in ("step", "noise"))
             cells += f"{step:14.2f}{noise:10.2f}{step - noise:10.2f}"
         print(f"{name:10s}{cells}")
-    about = {"torch": torch.__version__, "threads": options.threads, "processor": platform.processor() or platform.machine()}
-    RESULTS.write_text(json.dumps({"about": about, "seconds": results}, indent=2) + "\n")
+    about = environment(("torch",), options.threads)
+    RESULTS.write_text(json.dumps({"environment": about, "seconds": results}, indent=2) + "\n")
     print(f"\nIn units of a step of Adam; seconds in {RESULTS}")
 
 

@@ -11,11 +11,8 @@ much as one of ours, which includes its triangular factor. Other linear algebra 
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Iterable, Sequence
@@ -24,8 +21,8 @@ from pathlib import Path as File
 from typing import Any
 
 import torch
-from _minima import ADAPTED, GTOL, MISSING, PEERS, PROBLEMS, Found, Meter, Problem, Setting, versions
-from derivatives import commit, settle
+from _environment import environment, settle
+from _minima import ADAPTED, GTOL, MISSING, PACKAGES, PEERS, PROBLEMS, Found, Meter, Problem, Setting
 from integrators import median_seconds, without_nan
 from torch import Tensor
 
@@ -265,21 +262,6 @@ def goals(rows: Sequence[Row], told: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def environment(arguments: argparse.Namespace) -> dict[str, Any]:
-    lines = File("/proc/cpuinfo").read_text().splitlines() if File("/proc/cpuinfo").exists() else []
-    models = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return versions() | {
-        "python": platform.python_version(),
-        "cpu": models[0] if models else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": 1,
-        "load of the machine": [round(load, 1) for load in os.getloadavg()] if hasattr(os, "getloadavg") else None,
-        "commit": commit(),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "quick": arguments.quick,
-    }
-
-
 def parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--problems", nargs="+", metavar="NAME", help="beginnings of: " + "; ".join(p.name for p in PROBLEMS))
@@ -326,7 +308,7 @@ def main() -> None:
     print("\n".join(lines))
     if arguments.output:
         kept = {
-            "environment": environment(arguments),
+            "environment": environment(PACKAGES, 1, quick=arguments.quick),
             "summary": [line for line in lines if line],
             "problems": told,
             "rows": [asdict(row) for row in rows],

@@ -374,9 +374,7 @@ class _Race:
         if self._entrants[self._current].method.n_points > 1:
             if self._charge in STABILITY_LIMITED:
                 return BEFORE_STIFFNESS
-            if self._entrants[self._charge].method.n_points > 1:
-                return TAKE_OVER
-            return TAKE_OVER if growing and self._charge == "exprb53" else LENIENT
+            return LENIENT if self._charge == "exprb53" and not growing else TAKE_OVER
         return STRICT if self._current == "exprb53" and not growing else TAKE_OVER
 
     def _note_growth(self, gradient: Tensor) -> None:

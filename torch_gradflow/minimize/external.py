@@ -66,8 +66,18 @@ class Question:
     vector: Array | None = None
 
 
+@dataclass(frozen=True)
 class External(Minimiser):
-    """A method of another package."""
+    """A method of another package.
+
+    Attributes:
+        algorithm: Its name there.
+    """
+
+    algorithm: str
+    name: str
+    needs: frozenset[Need]
+    matrices: int
 
     @abstractmethod
     def find(self) -> Any:
@@ -112,16 +122,7 @@ class External(Minimiser):
 
 @dataclass(frozen=True)
 class ScipyMinimiser(External):
-    """A method of ``scipy.optimize.minimize``.
-
-    Attributes:
-        algorithm: Its name there.
-    """
-
-    algorithm: str
-    name: str
-    needs: frozenset[Need]
-    matrices: int
+    """A method of ``scipy.optimize.minimize``."""
 
     def find(self) -> Any:
         """See ``External``."""
@@ -149,16 +150,7 @@ class ScipyMinimiser(External):
 
 @dataclass(frozen=True)
 class NloptMinimiser(External):
-    """A local method of NLopt that uses gradients.
-
-    Attributes:
-        algorithm: Its name there.
-    """
-
-    algorithm: str
-    name: str
-    needs: frozenset[Need]
-    matrices: int
+    """A local method of NLopt that uses gradients."""
 
     def find(self) -> Any:
         """See ``External``."""
