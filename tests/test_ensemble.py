@@ -190,7 +190,8 @@ class FragilePool:
         if function is os.getpid:
             future.set_result(0)
             return future
-        assert not self._broken
+        if self._broken:
+            raise BrokenExecutor("gone")
         self._flying.add(future)
         self.most = max(self.most, len(self._flying))
         threading.Thread(target=self._work, args=(future, function, arguments)).start()

@@ -987,8 +987,8 @@ def test_look_alikes_are_not_recognised(name: str, mode: str) -> None:
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         problem = make(Data())
-        engines = drive(GradientFlow(problem.parameters, lr=0.05, rtol=1e-4), problem, mode)
-        wanted = reference(make(Data()), mode, lr=0.05, rtol=1e-4)
+        engines = drive(GradientFlow(problem.parameters, lr=0.05, rtol=1e-4, method="dopri5"), problem, mode)
+        wanted = reference(make(Data()), mode, lr=0.05, rtol=1e-4, method="dopri5")
     assert "perceptron" not in engines
     assert distance(vector(problem.parameters, problem.parameters, torch.float64), wanted) <= SAME
     messages = [str(w.message) for w in said]

@@ -646,8 +646,8 @@ class _Pool:
             try:
                 while queue or flying:
                     while (line := queue.next(flying.values(), self._n_workers)) is not None:
-                        own = record.runs.own(line[0])
-                        flying[self._submit(run_elsewhere, None, own, "ensemble")] = line.popleft()
+                        future = self._submit(run_elsewhere, None, record.runs.own(line[0]), "ensemble")
+                        flying[future] = line.popleft()  # afterwards: a pool that broke takes nothing more
                     for future in wait(flying, return_when=FIRST_COMPLETED).done:
                         _add_future(record, flying[future], future)
                         del flying[future]
