@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from itertools import pairwise
 
@@ -102,6 +102,23 @@ def test_costs_are_measured_once_for_objectives_of_a_kind() -> None:
     assert auto._costs(smaller, smaller.initial_theta()) is not costs
     assert 0 < costs.gradient < costs.hessian
     assert not any(math.isnan(cost) for cost in (costs.hvp, costs.cholesky, costs.eigh))
+
+
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_nothing_is_timed_where_algorithms_are_to_be_deterministic(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Costs, "measure", lambda *_: pytest.fail("timed"))
+    objective, theta0 = t33()
+    solution = integrate(objective, theta0, (0.0, 1e3), t_eval=[1.0, 10.0, 100.0, 1000.0])
+    assert float(errors(solution.theta, reference()).max()) < 1e-5
+    assert "bdf" in {choice.method for choice in solution.choices}
+    assert math.isnan(Costs.nominal(10**6).hessian)
 
 
 def test_every_method_in_the_race_is_known() -> None:

@@ -9,7 +9,8 @@ a method that lost become rarer.
 
 Costs are the counts times what was measured (seconds per gradient, product, Hessian and factorisation), once for objectives
 of one kind in one process: there, and where a flow is resumed, choices are the same each time. In another process they may
-differ where two methods are about equal, and with them the solution, within the tolerance. Name a method where that matters.
+differ where two methods are about equal, and with them the solution, within the tolerance. Where that matters, name a method,
+or call ``torch.use_deterministic_algorithms(True)``: costs are then nominal, those of a small perceptron.
 """
 
 from __future__ import annotations
@@ -109,6 +110,18 @@ class Costs:
         return cls(
             gradient, hvp, hessian, _seconds(lambda: torch.linalg.cholesky_ex(h))[0], _seconds(lambda: torch.linalg.eigh(h))[0]
         )
+
+    @classmethod
+    def nominal(cls, n_parameters: int) -> Costs:
+        """What calls take about, as measured on perceptrons of 33 to 601 parameters on one core; nothing is timed.
+
+        Args:
+            n_parameters: P.
+        """
+        gradient, cubic = 1e-4, 1e-10 * n_parameters**3
+        if n_parameters > DENSE_LIMIT:
+            return cls(gradient, 2 * gradient)
+        return cls(gradient, 2 * gradient, (1 + n_parameters / 8) * gradient, cubic / 3, 10 * cubic)
 
     def of(self, counts: EvaluationCounts, before: EvaluationCounts, factorisation: float) -> float:
         """What was spent between two states of the counts."""
@@ -215,6 +228,8 @@ class Auto(FlowMethod):
 
     def _costs(self, objective: Objective, theta: Tensor) -> Costs:
         """What calls of objectives of this kind take, measured once: two runs of one problem make the same choices."""
+        if torch.are_deterministic_algorithms_enabled():
+            return Costs.nominal(objective.n_parameters)
         key = (*objective.kind(), torch.get_num_threads())
         if key not in self._measured:
             self._measured[key] = Costs.measure(objective, theta)
@@ -407,7 +422,7 @@ class _Race:
         ways = differentiations(self._costs, self._objective.n_parameters, tuple(self._entrants))
         best = next(iter(ways), "")
         listed = ", ".join(f"{name} {1e3 * cost:.3g} ms" for name, cost in ways.items())
-        reason = f"measured; expected costs per step: {listed}; others are tried"
+        reason = f"expected costs per step: {listed}; others are tried"
         # Backward differentiation may not pay yet, but stiffness comes, and what it begins early it goes on with.
         self._charge = self._current = best or self._charge
         self._n_in_charge = 0
