@@ -11,6 +11,7 @@ from torch_gradflow.minimize.minimize import minimize
 from torch_gradflow.minimize.proof import Proof
 from torch_gradflow.minimize.result import MinimizeResult
 from torch_gradflow.objectives.base import ClosureError, DerivativeError, Objective
+from torch_gradflow.objectives.full_batch import FullBatch
 from torch_gradflow.objectives.module import ModuleObjective, gradient, hessian, hessian_spectrum, hvp
 from torch_gradflow.objectives.opened import GradientFlowWarning
 from torch_gradflow.objectives.perceptron import Merging, PerceptronObjective
@@ -44,6 +45,7 @@ __all__ = [
     "FlowReport",
     "FlowSolution",
     "FlowTime",
+    "FullBatch",
     "GradientFlow",
     "GradientFlowWarning",
     "GradientNorm",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from torch_gradflow.objectives.base import ClosureError, EvaluationCounts, Objective
 from torch_gradflow.objectives.contract import ContractReport, added_up, check_contract
+from torch_gradflow.objectives.full_batch import FullBatch
 from torch_gradflow.objectives.opened import NOT_A_GRADIENT, Engine, Memory, Opened, try_replay
 from torch_gradflow.objectives.parameters import ParameterLayout
 from torch_gradflow.objectives.program import Program
@@ -70,6 +71,8 @@ def open_closure(
     entry = layout.gradient(parameters) if any(p.grad is not None for p in parameters) else None
     state = random_state(layout.device)
     recording = Recording(parameters)
+    if isinstance(closure, FullBatch) and closure.stream:
+        recording.give_up("the batches are read anew at each evaluation (stream=True)")  # it would hold all of them
     with torch.enable_grad(), Recorder([recording]):
         returned = closure()
     untouched = all(p.grad is g and (g is None or g._version == v) for p, (g, v) in zip(parameters, before, strict=True))

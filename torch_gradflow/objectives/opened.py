@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -117,18 +118,18 @@ def replayed(
 ) -> FunctionObjective:
     """The program as an Objective; computed in ``layout.dtype`` where that is wider than the parameters' types."""
     wide = layout.dtype == torch.float64 and any(dtype != torch.float64 for dtype in layout.dtypes)
-    if wide and torch.float64 not in layout.dtypes:
-        widened, resolution = program.in_float64(), torch.finfo(torch.float64).eps
+    all_wide = wide and torch.float64 not in layout.dtypes
+    if all_wide:
+        program, resolution = program.in_float64(), torch.finfo(torch.float64).eps
 
-        def term(theta: Tensor) -> Tensor:
-            return widened.evaluate(layout.split(theta))
-    else:
+    def term(part: Program, theta: Tensor) -> Tensor:
+        if all_wide:
+            return part.evaluate(layout.split(theta))
+        return part.evaluate(layout.split_as_parameters(theta)).to(layout.dtype)
 
-        def term(theta: Tensor) -> Tensor:
-            return program.evaluate(layout.split_as_parameters(theta)).to(layout.dtype)
-
+    terms = tuple(partial(term, part) for part in program.parts())
     return FunctionObjective(
-        lambda: (term,),
+        lambda: terms,
         layout.n_parameters,
         layout.dtype,
         layout.device,

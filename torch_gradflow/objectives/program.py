@@ -82,8 +82,7 @@ class Program:
 
     def evaluate(self, values: Sequence[Tensor]) -> Tensor:
         """L, a 0-dimensional tensor, for parameters ``values``; any torch.func transform may be applied to it."""
-        environment: list[Any] = [None] * self.n_slots
-        environment[: self.n_inputs] = values
+        environment: dict[int, Any] = dict(enumerate(values))
 
         def value_of(leaf: Any) -> Any:
             return environment[leaf.index] if isinstance(leaf, Slot) else leaf
@@ -107,13 +106,28 @@ class Program:
             if isinstance(result, Tensor):
                 environment[call.outputs[0]] = result
             else:
-                for slot, tensor in zip(call.outputs, tensors_in(result), strict=True):
-                    environment[slot] = tensor
+                environment.update(zip(call.outputs, tensors_in(result), strict=True))
         terms = [
             environment[loss.slot] if loss.weight is None else (environment[loss.slot] * loss.weight).sum()
             for loss in self.losses
         ]
         return torch.stack([term.reshape(()) for term in terms]).sum() if len(terms) > 1 else terms[0].reshape(())
+
+    def parts(self) -> tuple[Program, ...]:
+        """Programs whose sum this is, one per loss, so that one's intermediate results can go before the next begins.
+
+        Only itself where losses share so much that this would cost more than half as much again, or a call writes in place.
+        """
+        if len(self.losses) == 1 or any(call.in_place for call in self.calls):
+            return (self,)
+        made_by = {output: i for i, call in enumerate(self.calls) for output in call.outputs}
+        needed = [_needed(loss.slot, self.calls, made_by) for loss in self.losses]
+        if 2 * sum(map(len, needed)) > 3 * len(self.calls):
+            return (self,)
+        return tuple(
+            replace(self, calls=tuple(self.calls[i] for i in sorted(indices)), losses=(loss,))
+            for loss, indices in zip(self.losses, needed, strict=True)
+        )
 
     @cached_property
     def _plan(self) -> list[tuple[Call, list[tuple[int, int]] | None]]:
@@ -176,3 +190,15 @@ class Program:
         calls = tuple(widen_call(call) for call in self.calls)
         losses = tuple(loss._replace(weight=widen(loss.weight)) for loss in self.losses)
         return replace(self, calls=calls, losses=losses)
+
+
+def _needed(slot: int, calls: Sequence[Call], made_by: Mapping[int, int]) -> set[int]:
+    """The indices of the calls on which a value depends."""
+    found: set[int] = set()
+    waiting = [slot]
+    while waiting:
+        index = made_by.get(waiting.pop())
+        if index is not None and index not in found:
+            found.add(index)
+            waiting += calls[index].inputs
+    return found

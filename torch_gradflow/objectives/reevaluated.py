@@ -108,34 +108,22 @@ class ReevaluatedClosure(Objective):
 
     def _products(self, theta: Tensor, columns: Tensor) -> Tensor:
         self._layout.write(theta, self._parameters)
-        keeper = GraphKeeper(self._parameters)
+        differentiator = BackwardDifferentiator(self._parameters, self._layout, columns)
         self.counts.n_closure += 1
-        products = torch.zeros_like(columns)
         with second_order_kernels(self.device), self._same_circumstances():
             try:
-                with keeper:
+                with differentiator:
                     self._closure()
             except RuntimeError as error:
                 raise DerivativeError(
                     f"the closure's backward pass cannot be differentiated: {str(error).splitlines()[0]}"
                 ) from error
-            if not keeper.gradients:
-                raise DerivativeError(
-                    "second derivatives need the closure to call loss.backward(); it used torch.autograd.backward or "
-                    "something else that does not go through Tensor.backward."
-                )
-            pairs = [(i, g) for i, g in enumerate(keeper.gradients) if g is not None and g.requires_grad]
-            for k in range(columns.shape[1] if pairs else 0):
-                parts = self._layout.split_as_parameters(columns[:, k])
-                rows = torch.autograd.grad(
-                    [g for _, g in pairs],
-                    list(self._parameters),
-                    [parts[i] for i, _ in pairs],
-                    retain_graph=True,
-                    allow_unused=True,
-                )
-                products[:, k] = self._layout.flatten(rows)
-        return products
+        if not differentiator.n_backward:
+            raise DerivativeError(
+                "second derivatives need the closure to call loss.backward(); it used torch.autograd.backward or "
+                "something else that does not go through Tensor.backward."
+            )
+        return differentiator.products
 
     @contextmanager
     def _same_circumstances(self) -> Iterator[None]:
@@ -180,18 +168,24 @@ class BackwardWatch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-class GraphKeeper(TorchFunctionMode):
-    """While entered, ``loss.backward()`` keeps its graph: the gradients can be differentiated again.
+class BackwardDifferentiator(TorchFunctionMode):
+    """While entered, each ``loss.backward()`` is differentiated along given vectors; then its graph is let go.
+
+    Args:
+        parameters: The tensors that θ stands for.
+        layout: How they lie in θ.
+        columns: The vectors V, shape ``(P, k)``.
 
     Attributes:
-        gradients: One differentiable gradient per parameter (None where the loss does not depend on it); empty until
-            ``backward`` was called.
+        products: H V for the sum of all losses that ``backward`` was called on, shape ``(P, k)``.
+        n_backward: How many there were.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], layout: ParameterLayout, columns: Tensor) -> None:
         super().__init__()
-        self.gradients: list[Tensor | None] = []
-        self._parameters = parameters
+        self.products = torch.zeros_like(columns)
+        self.n_backward = 0
+        self._parameters, self._layout, self._columns = list(parameters), layout, columns
 
     def __torch_function__(
         self,
@@ -206,11 +200,21 @@ class GraphKeeper(TorchFunctionMode):
         return None
 
     def _backward(self, loss: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) -> None:
-        parts = torch.autograd.grad(loss, list(self._parameters), gradient, create_graph=True, allow_unused=True)
-        known = self.gradients or [None] * len(parts)
-        self.gradients = [b if a is None else (a if b is None else a + b) for a, b in zip(known, parts, strict=True)]
+        self.n_backward += 1
+        found = torch.autograd.grad(loss, self._parameters, gradient, create_graph=True, allow_unused=True)
+        pairs = [(i, g) for i, g in enumerate(found) if g is not None and g.requires_grad]
+        for k in range(self._columns.shape[1] if pairs else 0):
+            parts = self._layout.split_as_parameters(self._columns[:, k])
+            rows = torch.autograd.grad(
+                [g for _, g in pairs],
+                self._parameters,
+                [parts[i] for i, _ in pairs],
+                retain_graph=True,
+                allow_unused=True,
+            )
+            self.products[:, k] += self._layout.flatten(rows)
         # The closure may look at .grad (to clip it, to log its norm).
-        for parameter, part in zip(self._parameters, parts, strict=True):
+        for parameter, part in zip(self._parameters, found, strict=True):
             if part is not None:
                 old = parameter.grad
                 parameter.grad = part.detach().clone() if old is None else old.detach() + part.detach()
