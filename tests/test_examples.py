@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import runpy
 import sys
 from pathlib import Path
@@ -43,4 +44,17 @@ def test_final_losses_of_the_paper(
     run("paper_final_loss.py", ["--seconds", "0.5", "--seeds", "1", "--samples", "100", "--figure", str(figure)], monkeypatch)
     rows = {line[:20].strip(): float(line[20:].split()[0]) for line in capsys.readouterr().out.splitlines()[3:-2]}
     assert rows["auto"] < 1e-20 < 1e-4 < rows["Adam 1e-3"]
+    assert figure.stat().st_size > 10_000
+
+
+def test_flows_of_mini_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SGD diverges at large rates; flows do not, and that of all data does not depend on the rate."""
+    figure = tmp_path / "figure.png"
+    run("minibatch_flow.py", ["--time", "5", "--figure", str(figure)], monkeypatch)
+    rows = {
+        line[:20].strip(): [float(cell) for cell in line[20:].split()] for line in capsys.readouterr().out.splitlines()[3:-2]
+    }
+    sgd, of_batches, of_all = (rows[name] for name in ("SGD", "flow of each batch", "flow of all data"))
+    assert math.isnan(sgd[-1]) and not any(math.isnan(loss) for loss in (*of_batches, *of_all))
+    assert max(of_all[:2]) < 1.01 * min(of_all[:2]) and of_all[-1] < of_batches[-1]
     assert figure.stat().st_size > 10_000
