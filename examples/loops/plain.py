@@ -11,12 +11,12 @@ from torch.nn.functional import mse_loss
 from torch_gradflow import GradientFlow
 
 
-def train() -> float:
+def train(n_steps: int = N_STEPS) -> float:
     """The final loss."""
     x, y = data()
     model = network()
     optimizer = GradientFlow(model.parameters(), lr=LR)
-    for _ in range(N_STEPS):
+    for _ in range(n_steps):
         optimizer.zero_grad()  # before the forward pass, which it begins to record
         loss = mse_loss(model(x), y)
         loss.backward()

@@ -12,7 +12,7 @@ from torch.nn.functional import mse_loss
 from torch_gradflow import GradientFlow
 
 
-def train() -> float:
+def train(n_steps: int = N_STEPS) -> float:
     """The final loss."""
     x, y = data()
     model = network()
@@ -24,7 +24,7 @@ def train() -> float:
         loss.backward()
         return loss
 
-    for _ in range(N_STEPS):
+    for _ in range(n_steps):
         optimizer.step(closure)
     return final_loss(model)
 

@@ -13,14 +13,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch_gradflow import GradientFlow
 
 
-def train() -> float:
+def train(n_steps: int = N_STEPS) -> float:
     """The final loss."""
     accelerator = Accelerator(cpu=True)
     x, y = data()
     net = network()
     loader = DataLoader(TensorDataset(x, y), batch_size=len(x))
     model, optimizer, loader = accelerator.prepare(net, GradientFlow(net.parameters(), lr=LR), loader)
-    for _ in range(N_STEPS):
+    for _ in range(n_steps):
         for inputs, targets in loader:
             optimizer.zero_grad()
             accelerator.backward(mse_loss(model(inputs), targets))

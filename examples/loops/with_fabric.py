@@ -12,13 +12,13 @@ from torch.nn.functional import mse_loss
 from torch_gradflow import GradientFlow
 
 
-def train() -> float:
+def train(n_steps: int = N_STEPS) -> float:
     """The final loss."""
     fabric = lightning.Fabric(accelerator="cpu", devices=1)
     x, y = (fabric.to_device(tensor) for tensor in data())
     net = network()
     model, optimizer = fabric.setup(net, GradientFlow(net.parameters(), lr=LR))
-    for _ in range(N_STEPS):
+    for _ in range(n_steps):
         optimizer.zero_grad()
         fabric.backward(mse_loss(model(x), y))
         optimizer.step()

@@ -12,11 +12,11 @@ from torch.nn.functional import mse_loss
 from torch_gradflow import GradientFlow
 
 
-def train() -> float:
+def train(n_steps: int = N_STEPS) -> float:
     """The final loss."""
     model = network()
     trainer = create_supervised_trainer(model, GradientFlow(model.parameters(), lr=LR), mse_loss)
-    trainer.run([data()], max_epochs=N_STEPS)
+    trainer.run([data()], max_epochs=n_steps)
     return final_loss(model)
 
 

@@ -32,14 +32,14 @@ class Regression(lightning.LightningModule):
         return loss
 
 
-def train() -> float:
+def train(n_steps: int = N_STEPS) -> float:
     """The final loss."""
     x, y = data()
     loader = DataLoader(TensorDataset(x, y), batch_size=len(x))  # all data: the flow of the whole loss
     module = Regression()
     # For the minimum at the end of the flow add StopAtFixedPoint() and NewtonPolishCallback().
     trainer = lightning.Trainer(
-        max_epochs=N_STEPS,
+        max_epochs=n_steps,
         accelerator="cpu",
         devices=1,
         callbacks=[FlowMonitor()],

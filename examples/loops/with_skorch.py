@@ -11,11 +11,11 @@ from skorch import NeuralNetRegressor
 from torch_gradflow import GradientFlow
 
 
-def train() -> float:
+def train(n_steps: int = N_STEPS) -> float:
     """The final loss."""
     x, y = data()
     net = NeuralNetRegressor(
-        network(), optimizer=GradientFlow, lr=LR, batch_size=-1, max_epochs=N_STEPS, train_split=None, verbose=0
+        network(), optimizer=GradientFlow, lr=LR, batch_size=-1, max_epochs=n_steps, train_split=None, verbose=0
     )
     net.fit(x, y)
     return final_loss(net.module_)

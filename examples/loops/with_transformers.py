@@ -34,13 +34,13 @@ class BeginRecord(TrainerCallback):
         optimizer.zero_grad()
 
 
-def train() -> float:
+def train(n_steps: int = N_STEPS) -> float:
     """The final loss."""
     x, y = data()
     model = WithLoss()
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
-            folder, num_train_epochs=N_STEPS, per_device_train_batch_size=len(x), lr_scheduler_type="constant",
+            folder, num_train_epochs=n_steps, per_device_train_batch_size=len(x), lr_scheduler_type="constant",
             max_grad_norm=0.0,  # it clips by default, which changes the flow
             use_cpu=True, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
