@@ -20,6 +20,7 @@ from torch_gradflow.objectives.module import LossFunction, ModuleObjective
 from torch_gradflow.objectives.regularized import Penalties, Regularized
 from torch_gradflow.optim.gradient_flow import GradientFlow
 from torch_gradflow.optim.newton_polish import NewtonPolish
+from torch_gradflow.styles import STYLES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,8 +38,6 @@ OPTIMIZERS: dict[str, tuple[MakeOptimizer, ...]] = {
 }
 # A product Hv by automatic differentiation costs about as much as two gradients (Pearlmutter 1994), a Hessian P of them.
 GRADIENTS_PER_PRODUCT = 2
-# Distinct in grey, too: colours of Okabe and Ito (2008), each with a dash pattern.
-STYLES = (("#0072B2", "-"), ("#D55E00", "--"), ("#009E73", "-."), ("#CC79A7", ":"), ("#000000", (0, (6, 1, 1, 1, 1, 1))))
 
 
 @dataclass(frozen=True)

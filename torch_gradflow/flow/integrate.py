@@ -23,7 +23,7 @@ from torch_gradflow.flow.method import Arrival, FlowMethod, Interpolant, Memory,
 from torch_gradflow.flow.methods import find_method
 from torch_gradflow.flow.progress import Progress, as_progress, check_progress
 from torch_gradflow.flow.rounding import rounding_note
-from torch_gradflow.flow.solution import Choice, FlowReport, FlowSolution, Knot, Status
+from torch_gradflow.flow.solution import Choice, FlowReport, FlowSolution, Knot, Sample, Status
 from torch_gradflow.flow.stopping import StoppingRule, begin_all
 from torch_gradflow.objectives.base import EvaluationCounts, Objective, check_start
 
@@ -160,6 +160,7 @@ def _with_error(
 # What an accepted point changes in a ``FlowRun``, besides the lists that grow.
 _CHANGING = (
     "last",
+    "_last_step",
     "_approximate",
     "_end",
     "_step_size",
@@ -223,13 +224,14 @@ class FlowRun:
         first = Knot(self._t0, theta0.detach().clone(), loss, gradient)
         self.last = first
         self._last_move = torch.zeros_like(first.theta)
+        self._last_step = math.nan
         self._approximate = False
         # The last accepted points that interpolate by their slopes, each with whether its slope is approximate.
         self._recent: list[tuple[Knot, bool]] = [(first, False)]
         self._between_steps = self.method
         self._energy: list[tuple[float, float, float]] = []
         self._note_energy(first)
-        self._samples: list[Knot] = []
+        self._samples: list[Sample] = []
         self._next_eval = 0
         self._next_sample = -math.inf
         self._stopped_by = ""
@@ -273,6 +275,7 @@ class FlowRun:
             with self._wholly():
                 if end.knot.t > self.last.t:
                     self._last_move = end.knot.theta - self.last.theta
+                    self._last_step = end.knot.t - self.last.t
                 self.last = replace_gradient(end.knot, self._objective) if end.approximate else end.knot
                 self._approximate = False
                 self._end, self._step_size, self._memory = end, end.step_size, end.memory
@@ -303,17 +306,18 @@ class FlowRun:
     def solution(self) -> FlowSolution:
         """What has been sampled so far, with the last accepted point."""
         samples = self._samples
-        if not samples or (self._t_eval is None and samples[-1].t != self.last.t):
-            samples = [*samples, self.last]
-        counts, before = self._objective.counts, self._counted_before
+        if not samples or (self._t_eval is None and samples[-1].knot.t != self.last.t):
+            samples = [*samples, self._sampled(self.last, self._last_step)]
+        knots = [sample.knot for sample in samples]
+        n_grad, n_hvp, n_hessian = self._evaluations()
         return FlowSolution(
-            t=torch.tensor([s.t for s in samples], dtype=torch.float64),
-            theta=torch.stack([self._to_theta(s.theta) for s in samples]),
-            loss=torch.tensor([float(s.loss) for s in samples], dtype=torch.float64),
-            grad_norm=torch.tensor([self._grad_norm(s.gradient) for s in samples], dtype=torch.float64),
-            n_grad=counts.n_grad - before.n_grad,
-            n_hessian=counts.n_hessian - before.n_hessian,
-            n_hvp=counts.n_hvp - before.n_hvp,
+            t=torch.tensor([knot.t for knot in knots], dtype=torch.float64),
+            theta=torch.stack([self._to_theta(knot.theta) for knot in knots]),
+            loss=torch.tensor([float(knot.loss) for knot in knots], dtype=torch.float64),
+            grad_norm=torch.tensor([self._grad_norm(knot.gradient) for knot in knots], dtype=torch.float64),
+            n_grad=n_grad,
+            n_hessian=n_hessian,
+            n_hvp=n_hvp,
             n_accepted=self._n_accepted,
             n_rejected=0 if self._end is None else self._end.n_rejected,
             status=self.status,
@@ -323,7 +327,18 @@ class FlowRun:
             dissipation_error=dissipation_error(self._energy),
             choices=self.choices,
             path=self._path(),
+            step_sizes=torch.tensor([sample.step for sample in samples], dtype=torch.float64),
+            seconds=torch.tensor([sample.seconds for sample in samples], dtype=torch.float64),
+            evaluations=torch.tensor([sample.evaluations for sample in samples]),
         )
+
+    def _evaluations(self) -> tuple[int, int, int]:
+        """Gradients, Hessian–vector products and Hessians so far."""
+        counts, before = self._objective.counts, self._counted_before
+        return counts.n_grad - before.n_grad, counts.n_hvp - before.n_hvp, counts.n_hessian - before.n_hessian
+
+    def _sampled(self, knot: Knot, step: float) -> Sample:
+        return Sample(knot, step, time.perf_counter() - self._began, self._evaluations())
 
     def _path(self) -> FlowPath | None:
         if self._knots is None:
@@ -354,6 +369,7 @@ class FlowRun:
         with self._wholly():
             previous, self.last, self._approximate = self.last, arrival.knot, arrival.approximate
             self._last_move = arrival.knot.theta - previous.theta
+            self._last_step = arrival.knot.t - previous.t
             self._n_accepted += 1
             self._step_size = arrival.step_size
             self._note_energy(arrival.knot)
@@ -411,7 +427,9 @@ class FlowRun:
             "approximate": self._approximate,
             "step_size": self._step_size,
             "memory": pack_memory(self._memory),
-            "samples": [pack_knot(sample) for sample in self._samples],
+            "last_step": self._last_step,
+            "samples": [pack_knot(sample.knot) for sample in self._samples],
+            "run": [[sample.step, sample.seconds, list(sample.evaluations)] for sample in self._samples],
             "recent": [[pack_knot(knot), approximate] for knot, approximate in self._recent],
             "next": [self._next_eval, self._next_sample],
             "energy": self._energy,
@@ -425,6 +443,11 @@ class FlowRun:
     def _restore(self, state: dict[str, Any]) -> None:
         if self._knots is not None:
             raise ValueError("dense_output=True cannot be had of a run that goes on from a checkpoint; use t_eval.")
+        if "run" not in state:
+            raise ValueError(
+                f"checkpoint={str(self._checkpoint)!r} was written by an earlier version, without step sizes; delete it to "
+                "start anew."
+            )
         before, now = state["loss at theta0"], self._energy[0][1]
         if not abs(now - before) <= math.sqrt(self._objective.resolution) * abs(before):
             raise ValueError(
@@ -434,7 +457,11 @@ class FlowRun:
         device = self._objective.device
         self.last, self._approximate = unpack_knot(state["last"], device), state["approximate"]
         self._step_size, self._memory = state["step_size"], unpack_memory(state["memory"], device)
-        self._samples = [unpack_knot(sample, device) for sample in state["samples"]]
+        self._last_step = state["last_step"]
+        self._samples = [
+            Sample(unpack_knot(packed, device), step, seconds, tuple(evaluations))
+            for packed, (step, seconds, evaluations) in zip(state["samples"], state["run"], strict=True)
+        ]
         self._recent = [(unpack_knot(knot, device), approximate) for knot, approximate in state["recent"]]
         self._next_eval, self._next_sample = state["next"]
         self._energy = [(t, loss, rate) for t, loss, rate in state["energy"]]
@@ -463,7 +490,7 @@ class FlowRun:
     def _sample_end(self) -> None:
         """Samples up to the last accepted point, which closes the solution."""
         if self._t_eval is None:
-            if self._samples[-1].t != self.last.t:
+            if self._samples[-1].knot.t != self.last.t:
                 self._keep(self.last, self._approximate)
             return
         before = self._recent[-1][0]
@@ -479,7 +506,8 @@ class FlowRun:
         while self._next_eval < len(self._t_eval) and self._t_eval[self._next_eval] <= t:
             at = self._t_eval[self._next_eval]
             theta = self.last.theta if at == self.last.t else interpolant(at)
-            self._samples.append(Knot(at, theta, *self._objective.loss_and_gradient(theta)))
+            knot = Knot(at, theta, *self._objective.loss_and_gradient(theta))
+            self._samples.append(self._sampled(knot, self._last_step))
             self._next_eval += 1
 
     def _interpolate_up_to(self, t: float) -> None:
@@ -489,17 +517,24 @@ class FlowRun:
             exact = [(knot, approximate) for knot, approximate in self._recent if knot.t == at]
             if exact:
                 knot, approximate = exact[0]
-                self._samples.append(replace_gradient(knot, self._objective) if approximate else knot)
+                knot = replace_gradient(knot, self._objective) if approximate else knot
             else:
-                self._samples.append(self._between(at))
+                knot = self._between(at)
+            self._samples.append(self._sampled(knot, self._step_around(at)))
             self._next_eval += 1
+
+    def _step_around(self, t: float) -> float:
+        """Length of the step among the last ones that ends at t or contains it; nan at the start."""
+        times = [knot.t for knot, _ in self._recent]
+        return next((b - a for a, b in pairwise(times) if a < t <= b), math.nan)
 
     def _between(self, t: float) -> Knot:
         window = HermiteWindow.through([knot for knot, _ in self._recent])
         return point_between(self._between_steps, self._objective, window, t, self._rtol, self._atol)
 
     def _keep(self, knot: Knot, approximate: bool) -> None:
-        self._samples.append(replace_gradient(knot, self._objective) if approximate else knot)
+        kept = replace_gradient(knot, self._objective) if approximate else knot
+        self._samples.append(self._sampled(kept, self._last_step))
         elapsed = knot.t - self._t0
         self._next_sample = self._t0 + elapsed * 10 ** (1 / SAMPLES_PER_DECADE) if elapsed > 0 else self._t0
 

@@ -30,6 +30,23 @@ class Knot:
 
 
 @dataclass(frozen=True)
+class Sample:
+    """A point of a solution, and where the run stood when it was taken.
+
+    Attributes:
+        knot: The point.
+        step: Length of the accepted step that ends at the point or contains it; nan at the start.
+        seconds: Wall time since the start of the run.
+        evaluations: Gradients, Hessian–vector products and Hessians since then.
+    """
+
+    knot: Knot
+    step: float
+    seconds: float
+    evaluations: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
 class Choice:
     """A method that "auto" chose.
 
@@ -99,6 +116,10 @@ class FlowSolution:
         path: θ(t) at any time within the solution, where ``dense_output`` was asked for; else None.
         global_error: ‖Δθ‖/‖θ‖ at the samples against a run with a tenth of the tolerances, shape ``(n,)``, where it was
             asked for; else None.
+        step_sizes: Lengths of the accepted steps that end at the samples, or contain them, shape ``(n,)``; nan at the start.
+            None, as the next two, for a solution of which only the points are known.
+        seconds: Wall time from the start of the run until each sample was taken, shape ``(n,)``.
+        evaluations: Gradients, Hessian–vector products and Hessians until then, shape ``(n, 3)``, int64.
     """
 
     t: Tensor
@@ -118,3 +139,6 @@ class FlowSolution:
     choices: tuple[Choice, ...] = ()
     path: Callable[[float], Tensor] | None = None
     global_error: Tensor | None = None
+    step_sizes: Tensor | None = None
+    seconds: Tensor | None = None
+    evaluations: Tensor | None = None
