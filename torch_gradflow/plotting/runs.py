@@ -95,9 +95,13 @@ def _log_log(drawn: dict[str, tuple[Array, Array]], nothing: str, ax: Axes | Non
             raise ValueError(f"solutions{f'[{name!r}]' if name else ''} leaves nothing to draw: {nothing}.")
         kept[name] = x[shown], y[shown]
     ax = axes_or_new(ax)
+    from matplotlib.ticker import LogFormatterSciNotation
+
     for name, (x, y) in kept.items():
         marker = "o" if len(x) == 1 else None
         ax.loglog(x, y, **next_style(ax), marker=marker, label=name or None)
+    # Less than a decade gets more than one number.
+    ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.0, 0.7)))
     return ax
 
 

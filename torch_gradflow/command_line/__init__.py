@@ -1,0 +1,1 @@
+"""``python -m torch_gradflow``: comparisons, flows and polishing without writing code, on tables of numbers."""
