@@ -18,9 +18,13 @@ from torch_gradflow.command_line.tables import DATA_SETS, TASKS
 def number(text: str, **limits: Any) -> float:
     """A type for argparse: a number within the limits of ``check_number``."""
     try:
-        return check_number("the value", float(text), **limits)
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+    try:
+        return check_number("the value", value, **limits)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error) if "the value" in str(error) else f"{text!r} is not a number") from None
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def whole(text: str, least: int) -> int:

@@ -76,8 +76,9 @@ def run(args: argparse.Namespace) -> int:
     problem = problem_of(args)
     output = output_directory(args.output, f"{Path(args.data).stem}-flow")
     print(problem)
-    torch.manual_seed(args.seed)
-    network = problem.network()
+    with torch.random.fork_rng():
+        torch.manual_seed(args.seed)
+        network = problem.network()
     objective = problem.objective(network)
     theta0 = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
     checkpoint = output / CHECKPOINT
