@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     print(f"\n{found}\n")
     (output / "table.txt").write_text(f"{problem}\n\n{found}\n", encoding="utf-8")
     write_runs(output / "runs.csv", found)
-    found.plot().savefig(output / "loss.png", dpi=150)
+    found.plot().savefig(output / "loss.png", dpi=100)
     (output / "models").mkdir(exist_ok=True)
     for one in found.runs:
         network = problem.network()

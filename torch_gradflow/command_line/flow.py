@@ -133,4 +133,4 @@ def draw(path: Path, solution: FlowSolution) -> None:
         plot_loss(solution, ax=left)
         plot_loss(solution, quantity="gradient norm", ax=middle)
         plot_step_size(solution, ax=right)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)

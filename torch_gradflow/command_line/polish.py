@@ -100,4 +100,4 @@ def draw(path: Path, point: CriticalPoint) -> None:
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     plot_spectrum(point, ax=figure.subplots())
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=100)
