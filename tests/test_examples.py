@@ -58,3 +58,12 @@ def test_flows_of_mini_batches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, 
     assert math.isnan(sgd[-1]) and not any(math.isnan(loss) for loss in (*of_batches, *of_all))
     assert max(of_all[:2]) < 1.01 * min(of_all[:2]) and of_all[-1] < of_batches[-1]
     assert figure.stat().st_size > 10_000
+
+
+def test_several_optimizers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figure = tmp_path / "figure.png"
+    run("compare_optimizers.py", ["--steps", "3", "--figure", str(figure)], monkeypatch)
+    rows = {line[:25].strip(): line[25:].split() for line in capsys.readouterr().out.splitlines()[1:-2]}
+    assert rows["GradientFlow+NewtonPolish"][-1] == "minimum" and float(rows["GradientFlow+NewtonPolish"][1]) < 1e-13
+    assert rows["Adam"][-2:] == ["not", "critical"]
+    assert figure.stat().st_size > 10_000

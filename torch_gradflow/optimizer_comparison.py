@@ -107,12 +107,16 @@ class Comparison:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in (head, *cells)]
         return "\n".join(line.rstrip() for line in lines)
 
+    def _least(self, seed: int) -> float:
+        """The smallest loss that a run from this start ended with."""
+        return min((run.loss for run in self.runs if run.seed == seed and math.isfinite(run.loss)), default=0.0)
+
     def plot(self, *, above: float | None = None) -> Figure:
         """The loss against gradient-equivalents and against wall time, one line per run.
 
         Args:
-            above: What is subtracted from the loss; None for the smallest loss that any run ended with. Losses that are not
-                above it are left out.
+            above: What is subtracted from the loss; None for the smallest loss that any run from the same start ended with
+                (other starts may lead to other minima). Losses that are not above it are left out.
 
         Returns:
             A matplotlib Figure with two axes, both logarithmic.
@@ -124,22 +128,23 @@ class Comparison:
             from matplotlib.figure import Figure
         except ImportError:
             raise ImportError("Comparison.plot needs matplotlib: pip install 'torch-gradflow[examples]'.") from None
-        if above is None:
-            above = min((run.loss for run in self.runs if math.isfinite(run.loss)), default=0.0)
+        least = {run.seed: above if above is not None else self._least(run.seed) for run in self.runs}
         names = list(dict.fromkeys(run.name for run in self.runs))
         figure = Figure(figsize=(12, 4), layout="constrained")
         axes = figure.subplots(1, 2, sharey=True)
         for column, (axis, label) in enumerate(zip(axes, ("gradient-equivalents", "wall time (s)"), strict=True)):
             for run in self.runs:
                 color, dashes = STYLES[names.index(run.name) % len(STYLES)]
-                points = [(point[column], point[2] - above) for point in run.history if point[column] > 0]
+                points = [(point[column], point[2] - least[run.seed]) for point in run.history if point[column] > 0]
                 shown = [(cost, excess) for cost, excess in points if 0 < excess < math.inf]
                 first = run.seed == next(r.seed for r in self.runs if r.name == run.name)
                 label_of_run = run.name if first else None
                 axis.loglog(*zip(*shown, strict=True), color=color, linestyle=dashes, label=label_of_run) if shown else None
             axis.set_xlabel(label)
             axis.grid(alpha=0.3)
-        axes[0].set_ylabel("loss" if above == 0.0 else f"loss − {above:.6g}")
+        values = set(least.values())
+        subtracted = f"{values.pop():.6g}" if len(values) == 1 else "the smallest from the same start"
+        axes[0].set_ylabel("loss" if subtracted == "0" else f"loss − {subtracted}")
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
         return figure
 
