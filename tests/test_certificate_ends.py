@@ -9,15 +9,18 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from problems import teacher_student
+from torch import Tensor, nn
 
 from torch_gradflow.minimize.certificate import CriticalPoint, certify
 from torch_gradflow.minimize.channels import find_channel
 from torch_gradflow.minimize.escape import leave_saddle
+from torch_gradflow.minimize.minimize import minimize
 from torch_gradflow.minimize.network import known_network
 from torch_gradflow.minimize.symmetries import symmetries
 from torch_gradflow.objectives.base import Objective
 from torch_gradflow.objectives.function import FunctionObjective
+from torch_gradflow.objectives.module import ModuleObjective
 from torch_gradflow.objectives.perceptron import PerceptronObjective
 from torch_gradflow.objectives.recognition import RecognisedPerceptron
 from torch_gradflow.perceptron.activations import IDENTITY, Activation
@@ -371,3 +374,18 @@ def test_only_saddles_are_left() -> None:
         leave_saddle(bowl, origin, point)
     claimed: CriticalPoint = replace(point, descent=torch.tensor([1.0, 0.0], dtype=torch.float64))
     assert torch.equal(leave_saddle(bowl, origin, claimed), origin)
+
+
+def test_auto_goes_on_to_zero_loss_where_the_end_is_undecided() -> None:
+    """More neurons than the teacher's: a gradient of 1e-13 says little; where the loss comes to zero, the certificate is."""
+    model, x, y = teacher_student(1, n_samples=100)
+    objective = ModuleObjective(model, nn.functional.mse_loss, (x, y))
+    theta = objective.initial_theta()
+    before, settled = minimize(objective, theta, certificate=False), minimize(objective, theta)
+    assert before.status == settled.status == "converged"
+    there = certify(objective, before.theta)
+    assert there.end == "undecided" and f"can fall by {before.loss:.1e} at most" in there.message
+    assert settled.certificate is not None and settled.certificate.end == "zero loss"
+    assert settled.loss < 1e-27 < before.loss and before.n_iter < settled.n_iter <= before.n_iter + 300
+    # Methods that were asked for by name stop where they were told to.
+    assert minimize(objective, before.theta, method="levenberg-marquardt").n_iter == 0

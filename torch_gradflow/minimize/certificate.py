@@ -206,6 +206,14 @@ class _At:
             f"{self.floor.loss:.1e}), so that it cannot fall"
         )
 
+    def least(self) -> str:
+        """How far the loss can fall at most, where that is known."""
+        return (
+            f"; the loss is a sum of squares, and can fall by {float(self.loss):.1e} at most"
+            if self.objective.has_residuals
+            else ""
+        )
+
 
 def _true_norm(objective: Objective, theta: Tensor, gradient: Tensor, is_critical: bool) -> float:
     """‖∇L‖ in the infinity norm; of a critical point without the rounding of its evaluation, where that is offered."""
@@ -261,7 +269,8 @@ def _from_all(at: _At, network: KnownNetwork | None) -> CriticalPoint:
         why = f"{zeros}; the loss falls along a null direction."
         return at.verdict("saddle", "saddle", why, descent=found.descent, **known)
     if found.answer == "unclear":
-        return at.verdict("degenerate (undecided)", "undecided", f"{zeros}; probing them gave no clear answer.", **known)
+        why = f"{zeros}; probing them gave no clear answer{at.least()}."
+        return at.verdict("degenerate (undecided)", "undecided", why, **known)
     end: End = "valley of minima" if found.answer == "stays" else "flat minimum"
     what = "keeps its value along some null directions and falls along none" if found.answer == "stays" else "rises along all"
     return at.verdict("degenerate minimum", end, f"{zeros}; the loss {what} of those probed: a {end}.", **known)
@@ -308,5 +317,5 @@ def _from_extremes(at: _At) -> CriticalPoint:
     if n_negative:
         why = f"{lowest}, which is certain up to rounding; how many are negative is not known."
         return at.verdict("saddle", "saddle", why, descent=found.vectors[:, 0], **known)
-    why = f"{bound}: whether one is negative or zero is not decided."
+    why = f"{bound}: whether one is negative or zero is not decided{at.least()}."
     return at.verdict("degenerate (undecided)", "undecided", why, **known)
