@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.utils import vector_to_parameters
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from torch_gradflow.command_line.arguments import (
     add_output_argument,
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gradient-norm",
         type=positive,
         metavar="G",
-        help="the flow ends where ‖∇L‖ in the infinity norm is at most this (default: at T)",
+        help="the flow ends where ‖∇L‖ in the infinity norm is at most this (default: only at T)",
     )
     add_output_argument(parser, f"NAME-flow, where a run that was interrupted or killed goes on from {CHECKPOINT}")
 
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
         torch.manual_seed(args.seed)
         network = problem.network()
     objective = problem.objective(network)
-    theta0 = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
+    theta0 = parameters_to_vector(network.parameters()).detach()
     checkpoint = output / CHECKPOINT
     if checkpoint.exists():
         print(f"{checkpoint} was found: the run goes on from there.")

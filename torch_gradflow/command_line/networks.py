@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils import parameters_to_vector
 
 from torch_gradflow.command_line.errors import UsageError
 from torch_gradflow.command_line.tables import DATA_SETS, read_table
@@ -94,25 +95,19 @@ class Problem:
         self.settings = replace(settings, loss=loss)
         if settings.data not in DATA_SETS:
             self.settings = replace(self.settings, data=table.source, target=table.target, task=table.task)
-        dtype = DTYPES[settings.dtype]
-        self.scaling: dict[str, Tensor] = {}
-        self.x = self._scaled("x", table.x).to(dtype)
-        if not table.classes:
-            self.y = self._scaled("y", table.y).to(dtype)
-        else:
+        dtype, standard = DTYPES[settings.dtype], settings.scale == "standard"
+        x, x_mean, x_scale = scaled(table.x, standard)
+        self.x = x.to(dtype)
+        self.scaling = {"x_mean": x_mean, "x_scale": x_scale}
+        if table.classes:
             self.y = table.y if loss == "cross-entropy" else F.one_hot(table.y, len(table.classes)).to(dtype)
+        else:
+            y, y_mean, y_scale = scaled(table.y, standard)
+            self.y = y.to(dtype)
+            self.scaling |= {"y_mean": y_mean, "y_scale": y_scale}
         self.loss_fn = LOSSES[loss]
         n_outputs = len(table.classes) or table.y.shape[1]
         self.sizes = (table.x.shape[1], *settings.layers, n_outputs)
-
-    def _scaled(self, name: str, values: Tensor) -> Tensor:
-        """What varies gets mean 0 and variance 1; what is constant, mean 0."""
-        mean, scale = torch.zeros_like(values[0]), torch.ones_like(values[0])
-        if self.settings.scale == "standard":
-            mean, deviation = values.mean(0), values.std(0, correction=0)
-            scale = torch.where(deviation > 1e-12 * values.abs().amax(0), deviation, 1.0)
-        self.scaling |= {f"{name}_mean": mean, f"{name}_scale": scale}
-        return (values - mean) / scale
 
     def network(self) -> nn.Sequential:
         """A new network, with torch's random parameters."""
@@ -143,6 +138,18 @@ class Problem:
             f"Network {'-'.join(map(str, self.sizes))}, {settings.activation}, {n_parameters} parameters, {settings.dtype}; "
             f"loss: {settings.loss}{penalty}."
         )
+
+
+def scaled(values: Tensor, standard: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(values − mean)/scale with mean and scale, column by column; as they are, with 0 and 1, if not ``standard``.
+
+    What varies gets mean 0 and variance 1; what is constant, mean 0.
+    """
+    mean, scale = torch.zeros_like(values[0]), torch.ones_like(values[0])
+    if standard:
+        mean, deviation = values.mean(0), values.std(0, correction=0)
+        scale = torch.where(deviation > 1e-12 * values.abs().amax(0), deviation, 1.0)
+    return (values - mean) / scale, mean, scale
 
 
 def save_model(path: Path, problem: Problem, network: nn.Module, loss: float, **origin: str | int | float) -> None:
@@ -193,8 +200,7 @@ def load_model(path: Path, data: str | None = None) -> tuple[Problem, nn.Sequent
     if list(problem.sizes) == content["sizes"]:
         network.load_state_dict(content["state_dict"])
         objective = problem.objective(network)
-        theta = torch.cat([p.detach().reshape(-1) for p in network.parameters()])
-        loss = float(objective.loss_and_gradient(theta)[0])
+        loss = float(objective.loss_and_gradient(parameters_to_vector(network.parameters()).detach())[0])
         if abs(loss - content["loss"]) <= 1e4 * objective.resolution * abs(content["loss"]):
             return problem, network
     raise UsageError(
