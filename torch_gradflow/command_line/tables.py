@@ -164,7 +164,7 @@ def _target(column: str, cells: list[str], task: str | None) -> tuple[Tensor, tu
     different = sorted(set(cells), key=lambda cell: (float(cell), cell) if _is_number(cell) else (math.inf, cell))
     text = [cell for cell in different if not _is_number(cell)]
     whole = not text and all(float(cell).is_integer() for cell in different)
-    reason = "--task says so"
+    reason = "as was asked for"
     if task is None:
         if whole and len(different) <= FEW_VALUES:
             raise UsageError(
