@@ -20,9 +20,10 @@ from problems import make_closure, teacher_student
 from torch import Tensor, nn
 
 from torch_gradflow import FlowSolution, GradientFlow, ModuleObjective, certify, integrate, integrate_many, minimize
+from torch_gradflow.flow.multistep import OrderControl
 from torch_gradflow.flow.solution import Choice
 from torch_gradflow.objectives.base import EvaluationCounts, Objective
-from torch_gradflow.plotting import plot_line, plot_loss, plot_spectrum, plot_step_size, plot_trajectory
+from torch_gradflow.plotting import plot_line, plot_loss, plot_order, plot_spectrum, plot_step_size, plot_trajectory
 from torch_gradflow.styles import STYLES
 
 DARKER = 0.25  # than the white of the paper, in relative luminance
@@ -156,6 +157,46 @@ def test_step_sizes_are_those_of_the_accepted_steps(method: str, t_eval: tuple[f
         assert step == times[i] - times[i - 1]
 
 
+@pytest.mark.parametrize("method", ["bdf", "bdf-cg", "bdf-secant"])
+@pytest.mark.parametrize("t_eval", [None, (0.0, 0.3, 0.30001, 1.0, 2.5, 7.0, 100.0)])
+def test_orders_are_those_with_which_the_steps_were_accepted(
+    objective: ModuleObjective, method: str, t_eval: tuple[float, ...] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the choice of the next order is told them."""
+    times, orders, choose = [0.0], [0], OrderControl.accepted
+
+    def listening(self: OrderControl, *args: Any) -> Any:
+        orders.append(self.order)
+        return choose(self, *args)
+
+    monkeypatch.setattr(OrderControl, "accepted", listening)
+    solution = integrate(
+        objective,
+        objective.initial_theta(),
+        (0.0, 100.0),
+        method=method,
+        t_eval=t_eval,
+        progress=lambda report: times.append(report.t),
+    )
+    times = [*times, 100.0] if times[-1] < 100.0 else times
+    assert len(times) == len(orders) and set(orders[1:]) >= {1, 2, 3, 4}
+    assert solution.orders.tolist() == [orders[next(i for i, end in enumerate(times) if t <= end)] for t in solution.t]
+
+
+@pytest.mark.parametrize(("method", "order"), [("dopri5", 5), ("bosh3", 3), ("rkc2", 2), ("Radau", 5), ("BDF", 0)])
+def test_orders_that_never_change_or_are_not_told(method: str, order: int) -> None:
+    theta0 = torch.ones(2, dtype=torch.float64)
+    for t_eval in (None, (0.0, 0.5, 1.0)):
+        solution = integrate(Quadratic(1.0, 0.1), theta0, (0.0, 1.0), method=method, t_eval=t_eval)
+        assert solution.orders.tolist() == [0] + [order] * (len(solution.t) - 1)
+
+
+def test_orders_are_those_of_the_methods_that_auto_chose(objective: ModuleObjective) -> None:
+    solution = integrate(objective, objective.initial_theta(), (0.0, 100.0), method="auto")
+    first = [order for t, order in zip(solution.t, solution.orders.tolist(), strict=True) if 0 < t <= solution.choices[1].t]
+    assert solution.choices[0].method == "dopri5" and set(first) == {5} and solution.orders[1:].min() > 0
+
+
 def test_evaluations_and_seconds_rise_to_what_the_run_took(solutions: dict[str, FlowSolution]) -> None:
     for solution in solutions.values():
         assert solution.evaluations is not None and solution.seconds is not None
@@ -178,7 +219,8 @@ def test_an_interrupted_run_records_as_one_that_was_not(objective: ModuleObjecti
     cut = integrate(objective, theta0, (0.0, 100.0), method="bdf", checkpoint=file, progress=interrupt)
     assert cut.status == "interrupted" and len(cut.step_sizes) == len(cut.t)
     rest = integrate(objective, theta0, (0.0, 100.0), method="bdf", checkpoint=file)
-    assert torch.equal(rest.step_sizes[1:], whole.step_sizes[1:]) and torch.equal(rest.t, whole.t)
+    assert torch.equal(rest.step_sizes[1:], whole.step_sizes[1:]) and torch.equal(rest.orders, whole.orders)
+    assert torch.equal(rest.t, whole.t)
     assert torch.equal(rest.evaluations, whole.evaluations) and (rest.seconds.diff() > 0).all()
     state = torch.load(file, weights_only=True)
     del state["run"]
@@ -191,7 +233,8 @@ def test_an_ensemble_keeps_them(tmp_path: Path) -> None:
     starts = torch.ones(1, 2, dtype=torch.float64)
     for _ in range(2):  # the second time from its file
         (solution,) = integrate_many(Quadratic(1.0, 0.1), starts, (0.0, 1.0), method="bdf", directory=tmp_path).solutions
-        assert len(solution.step_sizes) == len(solution.seconds) == len(solution.evaluations) == len(solution.t) > 2
+        assert len(solution.step_sizes) == len(solution.seconds) == len(solution.orders) == len(solution.t) > 2
+        assert len(solution.evaluations) == len(solution.t)
 
 
 # Figures of runs.
@@ -263,6 +306,21 @@ def test_step_size(solutions: dict[str, FlowSolution]) -> None:
     assert ax.lines[2].get_xdata()[0] == 1.0 and "step size" in ax.get_ylabel()
     texts_are_apart(ax)
     assert not plot_step_size({"a": solution, "b": solutions["bdf-cg"]}, ax=axes()).texts
+
+
+def test_order(solutions: dict[str, FlowSolution]) -> None:
+    """A line that jumps at the ends of steps, between whole numbers."""
+    solution = solutions["bdf"]
+    ax = plot_order(solution, ax=axes())
+    (line,) = ax.lines
+    assert line.get_drawstyle() == "steps-pre" and np.array_equal(line.get_ydata(), solution.orders[1:])
+    assert ax.get_xscale() == "log" and ax.get_yscale() == "linear" and ax.get_ylabel() == "order"
+    low, high = ax.get_ylim()
+    assert low < 1 and 6 < high < 7
+    middles = (solution.t[1:-1] * solution.t[2:]).sqrt().tolist()
+    sees(ax, middles, solution.orders[2:].tolist(), STYLES[0][0])
+    texts_are_apart(ax)
+    assert len(plot_order(solutions, ax=axes()).lines) == 3
 
 
 def test_an_optimizer_s_solution_can_be_drawn() -> None:
@@ -434,6 +492,8 @@ def test_line_between_minima() -> None:
         (lambda s: plot_loss({"one": replace(s, seconds=None)}, against="wall time"), ValueError, r"\['one'\].*wall times"),
         (lambda s: plot_loss(replace(s, evaluations=None), against="evaluations"), ValueError, "holds no evaluations"),
         (lambda s: plot_step_size(replace(s, step_sizes=None)), ValueError, "holds no step sizes"),
+        (lambda s: plot_order(replace(s, orders=None)), ValueError, "holds no orders"),
+        (lambda s: plot_order(replace(s, orders=0 * s.orders)), ValueError, "no step of known order"),
         (lambda s: plot_spectrum([1.0]), TypeError, "point must be"),
         (lambda s: plot_spectrum(torch.tensor([])), ValueError, "point must hold"),
         (lambda s: plot_spectrum(torch.tensor([torch.nan])), ValueError, "point must hold"),

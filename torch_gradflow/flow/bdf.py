@@ -260,6 +260,7 @@ class _March:
     ) -> None:
         self.error = 0.0
         self.n_accepted = self.n_rejected = 0
+        self._order = 0
         self._name, self._span, self._corrector = name, span, corrector
         self._algebra = algebra_for(objective.device, objective.dtype, objective.n_parameters)
         self._slope0 = -start.gradient
@@ -320,6 +321,7 @@ class _March:
         self.times, self._theta = (t_new, *self.times[: MAX_POINTS - 1]), theta
         self._degree = min(order + 1, len(self.times) - 1)
         self.error = own
+        self._order = order
         self.n_accepted += 1
         self._taus = self._reckoned()
         longer = clock.after(t_new, -factor * self._taus[1])
@@ -355,7 +357,7 @@ class _March:
 
     def arrival(self) -> Arrival:
         """The step that was accepted."""
-        return Arrival(self._knot, self._h, self._interpolant(), True, self._name, self._memory)
+        return Arrival(self._knot, self._h, self._interpolant(), True, self._name, self._order, self._memory)
 
     def end(self, status: RunStatus) -> RunEnd:
         """How the run ended."""
@@ -368,6 +370,7 @@ class _March:
             self._approximate,
             self._memory(),
             interpolant=self._interpolant() if self.n_accepted else None,
+            order=self._order,
         )
 
 

@@ -594,7 +594,7 @@ class BdfSecant(FlowMethod):
         state = self._begun(start, span, memory)
         limit = n_evaluations(objective.counts) + span.max_evals
         knot, step_size, interpolant = start, state.step_size, None
-        n_accepted = n_rejected = 0
+        n_accepted = n_rejected = order = 0
         finite, patience, in_a_row = True, Patience(start.t), 0
         status: RunStatus | None = "t_end" if span.t_end <= start.t else None
         while status is None:
@@ -603,7 +603,7 @@ class BdfSecant(FlowMethod):
             elif state.step_size <= CLOCK * abs(state.t) or state.step_size < 1e-300:
                 status = "underflow" if finite else "not finite"
             else:
-                point = state.proposal()
+                point, tried = state.proposal(), state.step.order
                 loss, gradient = objective.loss_and_gradient(point)
                 state, verdict = advance(
                     state, gradient, cap=span.max_step, rtol=span.rtol, atol=span.atol, t_end=span.t_end, watch=False
@@ -615,7 +615,7 @@ class BdfSecant(FlowMethod):
                     if (not finite and patience.exhausted(state.t)) or in_a_row > STUCK:
                         status = "underflow" if finite else "not finite"
                 elif verdict == "accepted":
-                    n_accepted, in_a_row = n_accepted + 1, 0
+                    n_accepted, in_a_row, order = n_accepted + 1, 0, tried
                     theta = state.theta[0]
                     loss = loss + 0.5 * (gradient + state.gradient) @ (theta - point)
                     step_size, interpolant = state.step_size, _path(state)
@@ -625,12 +625,13 @@ class BdfSecant(FlowMethod):
                     knot = Knot(state.t, theta, loss, state.gradient)
                     if state.t >= span.t_end:
                         status = "t_end"
-                    elif visit(Arrival(knot, step_size, interpolant, True, self.name, _remembering(state))):
+                    elif visit(Arrival(knot, step_size, interpolant, True, self.name, order, _remembering(state))):
                         status = "visit"
         memory = _memory(state) if state.t == knot.t and (n_accepted or memory is not None) else None
         approximate = n_accepted > 0
         return RunEnd(
-            status, knot, state.step_size, n_accepted, n_rejected, approximate, memory, interpolant=interpolant
+            status, knot, state.step_size, n_accepted, n_rejected, approximate, memory, interpolant=interpolant,
+            order=order,
         )  # fmt: skip
 
     def moved(

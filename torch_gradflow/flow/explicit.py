@@ -113,7 +113,9 @@ class _Run:
     def end(self, status: RunStatus) -> RunEnd:
         """How the run ended."""
         approximate = self.n_accepted > 0 and not self._method.first_same_as_last
-        return RunEnd(status, self.knot, self.step_size or 0.0, self.n_accepted, self.n_rejected, approximate)
+        return RunEnd(
+            status, self.knot, self.step_size or 0.0, self.n_accepted, self.n_rejected, approximate, order=self._method.order
+        )
 
     def begin_segment(self) -> None:
         """Start again from the last accepted point."""
@@ -142,7 +144,8 @@ class _Run:
                 self.n_accepted -= 1
                 raise _EndOfSegment("not finite")
             self.accept(theta, self._origin + float(t0))
-            arrival = Arrival(self.knot, step_size, None, not self._method.first_same_as_last, self._method.name)
+            method = self._method
+            arrival = Arrival(self.knot, step_size, None, not method.first_same_as_last, method.name, method.order)
             if step_size > 0 and self._visit(arrival):
                 self.step_size = step_size
                 raise _EndOfSegment("visit")

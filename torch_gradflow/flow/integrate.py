@@ -161,6 +161,7 @@ def _with_error(
 _CHANGING = (
     "last",
     "_last_step",
+    "_last_order",
     "_approximate",
     "_end",
     "_step_size",
@@ -224,10 +225,11 @@ class FlowRun:
         first = Knot(self._t0, theta0.detach().clone(), loss, gradient)
         self.last = first
         self._last_move = torch.zeros_like(first.theta)
-        self._last_step = math.nan
+        self._last_step, self._last_order = math.nan, 0
         self._approximate = False
-        # The last accepted points that interpolate by their slopes, each with whether its slope is approximate.
-        self._recent: list[tuple[Knot, bool]] = [(first, False)]
+        # The last accepted points that interpolate by their slopes, each with whether its slope is approximate, and the order
+        # of the step that led to it.
+        self._recent: list[tuple[Knot, bool, int]] = [(first, False, 0)]
         self._between_steps = self.method
         self._energy: list[tuple[float, float, float]] = []
         self._note_energy(first)
@@ -275,7 +277,7 @@ class FlowRun:
             with self._wholly():
                 if end.knot.t > self.last.t:
                     self._last_move = end.knot.theta - self.last.theta
-                    self._last_step = end.knot.t - self.last.t
+                    self._last_step, self._last_order = end.knot.t - self.last.t, end.order
                 self.last = replace_gradient(end.knot, self._objective) if end.approximate else end.knot
                 self._approximate = False
                 self._end, self._step_size, self._memory = end, end.step_size, end.memory
@@ -307,7 +309,7 @@ class FlowRun:
         """What has been sampled so far, with the last accepted point."""
         samples = self._samples
         if not samples or (self._t_eval is None and samples[-1].knot.t != self.last.t):
-            samples = [*samples, self._sampled(self.last, self._last_step)]
+            samples = [*samples, self._sampled(self.last, self._last_step, self._last_order)]
         knots = [sample.knot for sample in samples]
         n_grad, n_hvp, n_hessian = self._evaluations()
         return FlowSolution(
@@ -328,6 +330,7 @@ class FlowRun:
             choices=self.choices,
             path=self._path(),
             step_sizes=torch.tensor([sample.step for sample in samples], dtype=torch.float64),
+            orders=torch.tensor([sample.order for sample in samples]),
             seconds=torch.tensor([sample.seconds for sample in samples], dtype=torch.float64),
             evaluations=torch.tensor([sample.evaluations for sample in samples]),
         )
@@ -337,8 +340,8 @@ class FlowRun:
         counts, before = self._objective.counts, self._counted_before
         return counts.n_grad - before.n_grad, counts.n_hvp - before.n_hvp, counts.n_hessian - before.n_hessian
 
-    def _sampled(self, knot: Knot, step: float) -> Sample:
-        return Sample(knot, step, time.perf_counter() - self._began, self._evaluations())
+    def _sampled(self, knot: Knot, step: float, order: int) -> Sample:
+        return Sample(knot, step, order, time.perf_counter() - self._began, self._evaluations())
 
     def _path(self) -> FlowPath | None:
         if self._knots is None:
@@ -369,7 +372,7 @@ class FlowRun:
         with self._wholly():
             previous, self.last, self._approximate = self.last, arrival.knot, arrival.approximate
             self._last_move = arrival.knot.theta - previous.theta
-            self._last_step = arrival.knot.t - previous.t
+            self._last_step, self._last_order = arrival.knot.t - previous.t, arrival.order
             self._n_accepted += 1
             self._step_size = arrival.step_size
             self._note_energy(arrival.knot)
@@ -427,10 +430,10 @@ class FlowRun:
             "approximate": self._approximate,
             "step_size": self._step_size,
             "memory": pack_memory(self._memory),
-            "last_step": self._last_step,
+            "last_step": [self._last_step, self._last_order],
             "samples": [pack_knot(sample.knot) for sample in self._samples],
-            "run": [[sample.step, sample.seconds, list(sample.evaluations)] for sample in self._samples],
-            "recent": [[pack_knot(knot), approximate] for knot, approximate in self._recent],
+            "run": [[sample.step, sample.order, sample.seconds, list(sample.evaluations)] for sample in self._samples],
+            "recent": [[pack_knot(knot), approximate, order] for knot, approximate, order in self._recent],
             "next": [self._next_eval, self._next_sample],
             "energy": self._energy,
             "n_accepted": self._n_accepted,
@@ -457,12 +460,12 @@ class FlowRun:
         device = self._objective.device
         self.last, self._approximate = unpack_knot(state["last"], device), state["approximate"]
         self._step_size, self._memory = state["step_size"], unpack_memory(state["memory"], device)
-        self._last_step = state["last_step"]
+        self._last_step, self._last_order = state["last_step"]
         self._samples = [
-            Sample(unpack_knot(packed, device), step, seconds, tuple(evaluations))
-            for packed, (step, seconds, evaluations) in zip(state["samples"], state["run"], strict=True)
+            Sample(unpack_knot(packed, device), step, order, seconds, tuple(evaluations))
+            for packed, (step, order, seconds, evaluations) in zip(state["samples"], state["run"], strict=True)
         ]
-        self._recent = [(unpack_knot(knot, device), approximate) for knot, approximate in state["recent"]]
+        self._recent = [(unpack_knot(knot, device), approximate, order) for knot, approximate, order in state["recent"]]
         self._next_eval, self._next_sample = state["next"]
         self._energy = [(t, loss, rate) for t, loss, rate in state["energy"]]
         self._n_accepted = self._n_earlier = state["n_accepted"]
@@ -479,11 +482,11 @@ class FlowRun:
         elif arrival.interpolant is not None:
             self._interpolate_up_to(previous.t)
             self._evaluate_up_to(knot.t, arrival.interpolant)
-            self._recent = [(knot, arrival.approximate)]
+            self._recent = [(knot, arrival.approximate, arrival.order)]
         else:
             self._between_steps = find_method(arrival.method)
             n_knots = self._between_steps.n_knots
-            self._recent = [*self._recent, (knot, arrival.approximate)][-n_knots:]
+            self._recent = [*self._recent, (knot, arrival.approximate, arrival.order)][-n_knots:]
             if len(self._recent) == n_knots:
                 self._interpolate_up_to(knot.t)
 
@@ -498,7 +501,8 @@ class FlowRun:
             self._interpolate_up_to(before.t)
             self._evaluate_up_to(self.last.t, self._end.interpolant)
         elif before.t != self.last.t:
-            self._recent = [*self._recent, (self.last, self._approximate)][-max(2, self._between_steps.n_knots) :]
+            last = (self.last, self._approximate, self._last_order)
+            self._recent = [*self._recent, last][-max(2, self._between_steps.n_knots) :]
         self._interpolate_up_to(self.last.t)
 
     def _evaluate_up_to(self, t: float, interpolant: Interpolant) -> None:
@@ -507,34 +511,34 @@ class FlowRun:
             at = self._t_eval[self._next_eval]
             theta = self.last.theta if at == self.last.t else interpolant(at)
             knot = Knot(at, theta, *self._objective.loss_and_gradient(theta))
-            self._samples.append(self._sampled(knot, self._last_step))
+            self._samples.append(self._sampled(knot, self._last_step, self._last_order))
             self._next_eval += 1
 
     def _interpolate_up_to(self, t: float) -> None:
         assert self._t_eval is not None
         while self._next_eval < len(self._t_eval) and self._t_eval[self._next_eval] <= t:
             at = self._t_eval[self._next_eval]
-            exact = [(knot, approximate) for knot, approximate in self._recent if knot.t == at]
+            exact = [(knot, approximate) for knot, approximate, _ in self._recent if knot.t == at]
             if exact:
                 knot, approximate = exact[0]
                 knot = replace_gradient(knot, self._objective) if approximate else knot
             else:
                 knot = self._between(at)
-            self._samples.append(self._sampled(knot, self._step_around(at)))
+            self._samples.append(self._sampled(knot, *self._step_around(at)))
             self._next_eval += 1
 
-    def _step_around(self, t: float) -> float:
-        """Length of the step among the last ones that ends at t or contains it; nan at the start."""
-        times = [knot.t for knot, _ in self._recent]
-        return next((b - a for a, b in pairwise(times) if a < t <= b), math.nan)
+    def _step_around(self, t: float) -> tuple[float, int]:
+        """Length and order of the step among the last ones that ends at t or contains it; nan and 0 at the start."""
+        ends = [(knot.t, order) for knot, _, order in self._recent]
+        return next(((b - a, order) for (a, _), (b, order) in pairwise(ends) if a < t <= b), (math.nan, 0))
 
     def _between(self, t: float) -> Knot:
-        window = HermiteWindow.through([knot for knot, _ in self._recent])
+        window = HermiteWindow.through([knot for knot, *_ in self._recent])
         return point_between(self._between_steps, self._objective, window, t, self._rtol, self._atol)
 
     def _keep(self, knot: Knot, approximate: bool) -> None:
         kept = replace_gradient(knot, self._objective) if approximate else knot
-        self._samples.append(self._sampled(kept, self._last_step))
+        self._samples.append(self._sampled(kept, self._last_step, self._last_order))
         elapsed = knot.t - self._t0
         self._next_sample = self._t0 + elapsed * 10 ** (1 / SAMPLES_PER_DECADE) if elapsed > 0 else self._t0
 

@@ -32,6 +32,7 @@ class Arrival:
         approximate: Whether the knot's loss and gradient are those of the method's linearisation (their error is that of
             the square of the tolerance), or of another nearby point: whoever keeps them evaluates them anew.
         method: The integrator that took the step.
+        order: The order of the step; 0 where the integrator does not tell.
         remember: What a run needs to go on from here, see ``Memory``.
     """
 
@@ -40,6 +41,7 @@ class Arrival:
     interpolant: Interpolant | None
     approximate: bool
     method: str
+    order: int
     remember: Callable[[], Memory | None] = lambda: None
 
 
@@ -94,6 +96,7 @@ class RunEnd:
         choices: What "auto" chose, when and why.
         interpolant: θ(t) over the last step, see ``Arrival``.
         note: What the message should say besides the status, or "".
+        order: Of the last step, see ``Arrival``.
     """
 
     status: RunStatus
@@ -106,6 +109,7 @@ class RunEnd:
     choices: tuple[Choice, ...] = ()
     interpolant: Interpolant | None = None
     note: str = ""
+    order: int = 0
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ class OneStepMethod(FlowMethod):
                 status = "t_end"
             elif visit(self._arrival(here, h, control, stepper)):
                 status = "visit"
-        return RunEnd(status, here, h, n_accepted, n_rejected, memory=_remember(here, control, stepper))
+        return RunEnd(status, here, h, n_accepted, n_rejected, memory=_remember(here, control, stepper), order=self.order)
 
     def _arrive(self, objective: Objective, trial: Trial, t: float) -> Knot | None:
         """The end of a step whose error is small enough, with its gradient; None if that is not finite."""
@@ -132,7 +132,7 @@ class OneStepMethod(FlowMethod):
         return Knot(t, trial.theta, loss, gradient)
 
     def _arrival(self, here: Knot, step_size: float, control: Controller, stepper: Stepper) -> Arrival:
-        return Arrival(here, step_size, None, False, self.name, lambda: _remember(here, control, stepper))
+        return Arrival(here, step_size, None, False, self.name, self.order, lambda: _remember(here, control, stepper))
 
 
 def _remember(here: Knot, control: Controller, stepper: Stepper) -> Memory:

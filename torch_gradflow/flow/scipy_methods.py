@@ -69,6 +69,11 @@ class ScipyMethod(FlowMethod):
     n_knots: int = 0
     needs: Derivative = "hessian"
 
+    @property
+    def step_order(self) -> int:
+        """The order of each step, 0 where it varies: scipy does not tell it."""
+        return self.order if self.name == "Radau" else 0
+
     def run(self, objective: Objective, start: Knot, span: Span, visit: Visit, memory: Memory | None = None) -> RunEnd:
         """See ``FlowMethod``; with a memory, the gradient at ``start`` is computed.
 
@@ -172,6 +177,7 @@ class _Run:
             self._remember(),
             interpolant=self._interpolant,
             note=self._note,
+            order=self._method.step_order,
         )
 
     def segment(self, solver_class: Callable[..., Any]) -> RunStatus:
@@ -256,8 +262,8 @@ class _Run:
         self._interpolant, self._remember = interpolant, remember
 
     def _arrival(self) -> Arrival:
-        name = self._method.name
-        return Arrival(self.knot, self.step_size, self._interpolant, self._approximate, name, self._remember)
+        name, order = self._method.name, self._method.step_order
+        return Arrival(self.knot, self.step_size, self._interpolant, self._approximate, name, order, self._remember)
 
     def _slope(self, t: float, y: Array) -> Array:
         """−∇L; each time that comes before all since the last accepted point belongs to another try, after a rejection."""

@@ -36,12 +36,14 @@ class Sample:
     Attributes:
         knot: The point.
         step: Length of the accepted step that ends at the point or contains it; nan at the start.
+        order: Its order; 0 at the start, and where the method does not tell.
         seconds: Wall time since the start of the run.
         evaluations: Gradients, Hessian–vector products and Hessians since then.
     """
 
     knot: Knot
     step: float
+    order: int
     seconds: float
     evaluations: tuple[int, int, int]
 
@@ -117,7 +119,8 @@ class FlowSolution:
         global_error: ‖Δθ‖/‖θ‖ at the samples against a run with a tenth of the tolerances, shape ``(n,)``, where it was
             asked for; else None.
         step_sizes: Lengths of the accepted steps that end at the samples, or contain them, shape ``(n,)``; nan at the start.
-            None, as the next two, for a solution of which only the points are known.
+            None, as the next three, for a solution of which only the points are known.
+        orders: Orders of those steps, shape ``(n,)``, int64; 0 at the start and where the method does not tell (LSODA, BDF).
         seconds: Wall time from the start of the run until each sample was taken, shape ``(n,)``.
         evaluations: Gradients, Hessian–vector products and Hessians until then, shape ``(n, 3)``, int64.
     """
@@ -140,5 +143,6 @@ class FlowSolution:
     path: Callable[[float], Tensor] | None = None
     global_error: Tensor | None = None
     step_sizes: Tensor | None = None
+    orders: Tensor | None = None
     seconds: Tensor | None = None
     evaluations: Tensor | None = None

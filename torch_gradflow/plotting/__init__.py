@@ -6,7 +6,7 @@ afterwards. Lines differ in dashes and signs in markers, so that print in grey s
 """
 
 from torch_gradflow.plotting.landscape import plot_line, plot_trajectory
-from torch_gradflow.plotting.runs import plot_loss, plot_step_size
+from torch_gradflow.plotting.runs import plot_loss, plot_order, plot_step_size
 from torch_gradflow.plotting.spectrum import plot_spectrum
 
-__all__ = ["plot_line", "plot_loss", "plot_spectrum", "plot_step_size", "plot_trajectory"]
+__all__ = ["plot_line", "plot_loss", "plot_order", "plot_spectrum", "plot_step_size", "plot_trajectory"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -86,7 +86,46 @@ def plot_step_size(solutions: Solutions, *, ax: Axes | None = None) -> Axes:
     return finish(ax, CLOCKS["flow time"], "step size (flow time)")
 
 
+def plot_order(solutions: Solutions, *, ax: Axes | None = None) -> Axes:
+    """The orders of the accepted steps against flow time, which is logarithmic.
+
+    Of a single solution, the methods that "auto" chose are named where they begin.
+
+    Args:
+        solutions: As for ``plot_loss``.
+        ax: Where to draw; None for a new figure.
+
+    Returns:
+        The Axes. Each step is drawn at the time at which it ends, from the end of the last one that was sampled.
+
+    Raises:
+        TypeError, ValueError: For a solution without orders: scipy's LSODA and BDF do not tell them.
+        ImportError: If matplotlib is not installed.
+    """
+    named = by_name("solutions", solutions, FlowSolution)
+    drawn = {name: (_array(s.t - s.t[0]), _recorded(name, s.orders, "orders")) for name, s in named.items()}
+    ax = _lines(drawn, "no step of known order was accepted", ax, drawstyle="steps-pre")
+    ax.set_xscale("log")
+    ax.set_ylim(0.5, 0.5 + max(6.0, *(float(y.max()) for _, y in drawn.values())))
+    if len(named) == 1:
+        (solution,) = named.values()
+        _name_choices(ax, solution)
+    return finish(ax, CLOCKS["flow time"], "order")
+
+
 def _log_log(drawn: dict[str, tuple[Array, Array]], nothing: str, ax: Axes | None) -> Axes:
+    """Lines on logarithmic axes."""
+    ax = _lines(drawn, nothing, ax)
+    from matplotlib.ticker import LogFormatterSciNotation
+
+    ax.set_xscale("log")
+    ax.set_yscale("log")
+    # Less than a decade gets more than one number.
+    ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.0, 0.7)))
+    return ax
+
+
+def _lines(drawn: dict[str, tuple[Array, Array]], nothing: str, ax: Axes | None, **style: Any) -> Axes:
     """A line for each, without the points that logarithmic axes cannot show; ``nothing`` says why one may have none left."""
     kept = {}
     for name, (x, y) in drawn.items():
@@ -95,13 +134,9 @@ def _log_log(drawn: dict[str, tuple[Array, Array]], nothing: str, ax: Axes | Non
             raise ValueError(f"solutions{f'[{name!r}]' if name else ''} leaves nothing to draw: {nothing}.")
         kept[name] = x[shown], y[shown]
     ax = axes_or_new(ax)
-    from matplotlib.ticker import LogFormatterSciNotation
-
     for name, (x, y) in kept.items():
         marker = "o" if len(x) == 1 else None
-        ax.loglog(x, y, **next_style(ax), marker=marker, label=name or None)
-    # Less than a decade gets more than one number.
-    ax.yaxis.set_minor_formatter(LogFormatterSciNotation(minor_thresholds=(1.0, 0.7)))
+        ax.plot(x, y, **next_style(ax), **style, marker=marker, label=name or None)
     return ax
 
 
