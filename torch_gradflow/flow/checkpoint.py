@@ -13,7 +13,7 @@ from torch_gradflow.flow.dense import Clock
 from torch_gradflow.flow.method import Memory
 from torch_gradflow.flow.solution import Knot
 
-VERSION = 1
+VERSION = 2
 
 
 def save(path: Path, state: dict[str, Any]) -> None:

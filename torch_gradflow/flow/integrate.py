@@ -215,6 +215,8 @@ class FlowRun:
         self._max_evals: float = math.inf if max_evals is None else max_evals
         self._step_size = step_size
         self._progress = as_progress(progress, self._t_end)
+        # Reports cost as much as a small network's gradient: none is made where nobody reads them.
+        self._watched = bool(stop) or (progress is not None and progress is not False)
         self._objective = objective
         self._scale = scale
         counts = objective.counts
@@ -382,6 +384,8 @@ class FlowRun:
                 self._memory = arrival.remember()
         if self._checkpoint is not None and time.perf_counter() - self._saved_at > CHECKPOINT_SECONDS:
             self._save()
+        if not self._watched:
+            return False
         report = self._report(arrival.knot, arrival.step_size)
         self._progress.update(report)
         reason = self._stop_check(report)
@@ -446,11 +450,6 @@ class FlowRun:
     def _restore(self, state: dict[str, Any]) -> None:
         if self._knots is not None:
             raise ValueError("dense_output=True cannot be had of a run that goes on from a checkpoint; use t_eval.")
-        if "run" not in state:
-            raise ValueError(
-                f"checkpoint={str(self._checkpoint)!r} was written by an earlier version, without step sizes; delete it to "
-                "start anew."
-            )
         before, now = state["loss at theta0"], self._energy[0][1]
         if not abs(now - before) <= math.sqrt(self._objective.resolution) * abs(before):
             raise ValueError(
