@@ -7,6 +7,7 @@ it with the same in this process alone with all data.
 from __future__ import annotations
 
 import copy
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -31,6 +32,8 @@ from torch_gradflow.objectives.distributed import OneProcess, ProcessError, find
 N_SAMPLES = 30
 # Where the data are cut for so many processes: into parts of different sizes.
 CUTS = {1: (0, 30), 2: (0, 7, 30), 3: (0, 7, 11, 30)}
+# Seconds after which a process that does not end is taken to hang.
+PATIENCE = 100
 Closure = Callable[[], Tensor]
 Found = dict[str, Any]
 
@@ -76,7 +79,7 @@ def falling_back(rank: int, size: int, *, ddp: bool = False) -> Found:
     settings: Found = {"process_group": group(), "shard_size": None if ddp else len(x)}
     optimizer = GradientFlow(model.parameters(), lr=0.1, record=False, **settings)
     advanced(optimizer, wrapped, x, y, loop=True, n_steps=25)
-    return {"theta": flat(model), "t": optimizer.flow_time, "loss": optimizer.stats.loss, "engine": optimizer.stats.engine}
+    return {"theta": flat(model), "t": optimizer.flow_time, "engine": optimizer.stats.engine}
 
 
 def summing(rank: int, size: int) -> Found:
@@ -310,14 +313,21 @@ OTHERS: dict[str, Callable[[int, int], Found]] = {
     "uneven records": uneven_records,
 }
 # With three processes what depends on their number; the perceptron's kernels take seconds to load in each.
-LEFT_OUT = {2: (), 3: ("bdf, closure", "DDP, closure", "float64 of float32", "polish, bfgs", "resuming", "dopri5, perceptron")}
+LEFT_OUT: dict[int, tuple[str, ...]] = {
+    2: (),
+    3: (
+        *("dopri5, perceptron", "dopri5, closure", "bdf, closure", "DDP, loop", "DDP, closure", "fallback, DDP"),
+        *("sums", "float64 of float32", "polish, bfgs", "resuming", "uneven records"),
+    ),
+}
 
 
 def worker(rank: int, size: int, folder: str, scenarios: Sequence[str] | None) -> None:
     """One process: all scenarios, and what they found into a file."""
+    faulthandler.dump_traceback_later(PATIENCE - 10, exit=True)
     torch.set_num_threads(1)
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    settings: Found = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=40)}
+    settings: Found = {"rank": rank, "world_size": size, "timeout": timedelta(seconds=PATIENCE)}
     distributed.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", **settings)
     found: Found = {}
     for name, scenario in (COMPARED | OTHERS | LOSSES).items():
@@ -334,7 +344,7 @@ def worker(rank: int, size: int, folder: str, scenarios: Sequence[str] | None) -
         os._exit(0)  # the group is broken
 
 
-def run_world(size: int, folder: Path, scenarios: Sequence[str] | None = None, *, seconds: float = 120.0) -> list[Found]:
+def run_world(size: int, folder: Path, scenarios: Sequence[str] | None = None) -> list[Found]:
     """What each process found; a test fails where one does not end in time."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
@@ -342,7 +352,7 @@ def run_world(size: int, folder: Path, scenarios: Sequence[str] | None = None, *
     for process in workers:
         process.start()
     for process in workers:
-        process.join(timeout=seconds)
+        process.join(timeout=PATIENCE)
     late = [process for process in workers if process.is_alive()]
     for process in late:
         process.kill()
@@ -417,7 +427,7 @@ def test_failure_of_one_is_that_of_all(world: list[Found]) -> None:
     found = [results["failing late"] for results in world]
     same_everywhere(found)
     assert ["broken disk" in results["error"] for results in found] == [True] * len(world)
-    assert [f"process {last}" in results["error"] for results in found] == [True] * last + [False]
+    assert [f"process {last}" in results["error"] for results in found] == [True] * len(world)
     model, x, y = problem(0, 1)
     optimizer = GradientFlow(model.parameters(), method="dopri5", rtol=1e-9)
     closure = make_closure(optimizer, model, x, y)
@@ -488,7 +498,7 @@ LOSSES: dict[str, Callable[[int, int], Found]] = {"losing one": losing_one}
 
 def test_loss_of_a_process(tmp_path: Path) -> None:
     """The other one does not wait for ever, and stands where the step began."""
-    survivor, lost = run_world(2, tmp_path, ["losing one"], seconds=30.0)
+    survivor, lost = run_world(2, tmp_path, ["losing one"])
     assert not lost
     assert "was lost" in survivor["losing one"]["error"]
     assert survivor["losing one"]["unmoved"] and survivor["losing one"]["t"] == 0.0
