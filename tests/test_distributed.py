@@ -347,7 +347,7 @@ def worker(rank: int, size: int, folder: str, scenarios: Sequence[str] | None) -
 def run_world(size: int, folder: Path, scenarios: Sequence[str] | None = None) -> list[Found]:
     """What each process found; a test fails where one does not end in time."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload([__name__, "torch._dynamo"])  # two seconds each otherwise
     workers = [context.Process(target=worker, args=(rank, size, str(folder), scenarios)) for rank in range(size)]
     for process in workers:
         process.start()
@@ -469,6 +469,8 @@ def test_interrupt_of_one_is_that_of_all(world: list[Found]) -> None:
 
 def test_records_that_serve_in_some_processes_only(world: list[Found]) -> None:
     """All call their closures again then; where the record must serve, all say so."""
+    if "uneven records" in LEFT_OUT[len(world)]:
+        pytest.skip("done with two processes")
     found = same_everywhere([results["uneven records"] for results in world])
     assert found["engine"] == "closure"
     assert torch.allclose(found["theta"], alone("dopri5, closure")["theta"], rtol=1e-9)
