@@ -62,10 +62,12 @@ def advanced(optimizer: GradientFlow, model: nn.Module, x: Tensor, y: Tensor, *,
 
 
 def flowing(rank: int, size: int, *, loop: bool = False, ddp: bool = False, **settings: Any) -> Found:
-    """Three steps of a flow; with ``ddp`` on shards of the same size."""
-    model, x, y = problem(rank, size, equal=ddp)
+    """Three steps of a flow; with ``ddp`` in a loop on shards of the same size."""
+    equal = ddp and loop
+    model, x, y = problem(rank, size, equal=equal)
     wrapped = DistributedDataParallel(model) if ddp and size > 1 else model
-    optimizer = GradientFlow(model.parameters(), lr=0.5, process_group=group(), shard_size=None if ddp else len(x), **settings)
+    shard_size = None if equal else len(x)
+    optimizer = GradientFlow(model.parameters(), lr=0.5, process_group=group(), shard_size=shard_size, **settings)
     advanced(optimizer, wrapped, x, y, loop=loop)
     gradient = torch.cat([p.grad.reshape(-1) for p in model.parameters() if p.grad is not None])
     stats = optimizer.stats
@@ -172,6 +174,22 @@ def failing_late(rank: int, size: int) -> Found:
     return {**found, "theta": flat(model), "t": optimizer.flow_time}
 
 
+def failing_in_ddp(rank: int, size: int) -> Found:
+    """An exception before ``backward``, where DistributedDataParallel would have the others wait."""
+    model, x, y = problem(rank, size)
+    start, wrapped = flat(model), DistributedDataParallel(model)
+    optimizer = GradientFlow(model.parameters(), process_group=group(), shard_size=len(x))
+
+    def loss_fn(prediction: Tensor, target: Tensor) -> Tensor:
+        if rank == size - 1:
+            raise MemoryError("no room")
+        return nn.functional.mse_loss(prediction, target)
+
+    error = raised(lambda: optimizer.step(make_closure(optimizer, wrapped, x, y, loss_fn)), MemoryError)
+    assert torch.equal(flat(model), start)
+    return {"error": error}
+
+
 def failing_early(rank: int, size: int) -> Found:
     """Exceptions and NaN before anything moves, in one process; each leaves all as they were."""
     model, x, y = problem(rank, size)
@@ -234,8 +252,8 @@ def averaged_unequally(rank: int, size: int) -> Found:
     model, x, y = problem(rank, size)
     wrapped = DistributedDataParallel(model)
     optimizer = GradientFlow(model.parameters(), process_group=group(), shard_size=len(x))
-    error = raised(lambda: optimizer.step(make_closure(optimizer, wrapped, x, y)), ValueError)
-    advanced(optimizer, model, x, y, loop=False, n_steps=1)  # the remedy
+    error = raised(lambda: advanced(optimizer, wrapped, x, y, loop=True, n_steps=1), ValueError)
+    advanced(optimizer, wrapped.module, x, y, loop=True, n_steps=1)  # the remedy
     return {"error": error, "t": optimizer.flow_time}
 
 
@@ -307,6 +325,7 @@ OTHERS: dict[str, Callable[[int, int], Found]] = {
     "resuming": resuming,
     "failing late": failing_late,
     "failing early": failing_early,
+    "failing in DDP": failing_in_ddp,
     "apart": apart,
     "averaged unequally": averaged_unequally,
     "interrupted": interrupted,
@@ -443,7 +462,7 @@ def test_failures_before_anything_moves(world: list[Found]) -> None:
     last = len(world) - 1
     for rank, results in enumerate(world):
         found, where = results["failing early"], "" if rank == last else f"process {last}: "
-        assert found["raises"] == f"{where}no room"
+        assert found["raises"] == results["failing in DDP"]["error"] == f"{where}no room"
         assert found["nan"].startswith(f"{where}the closure gives loss nan")
         assert found["nan in a loop"].startswith(f"{where}the gradient in .grad is not finite")
         assert "lr" in found["other lr"] and "closure or loop" in found["loop and closure"]

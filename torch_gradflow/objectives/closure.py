@@ -17,6 +17,7 @@ numbers frozen by ``.item()`` are noticed where they matter.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,14 @@ from torch_gradflow.objectives.opened import NOT_A_GRADIENT, Engine, Memory, Ope
 from torch_gradflow.objectives.parameters import ParameterLayout
 from torch_gradflow.objectives.program import Program
 from torch_gradflow.objectives.record import Recorder, Recording
-from torch_gradflow.objectives.reevaluated import NOT_ZEROED, Closure, ReevaluatedClosure, loss_of, random_state
+from torch_gradflow.objectives.reevaluated import (
+    NOT_ZEROED,
+    Closure,
+    LocalBackward,
+    ReevaluatedClosure,
+    loss_of,
+    random_state,
+)
 
 
 class NoClosure(Exception):
@@ -75,7 +83,7 @@ def open_closure(
     entry = layout.gradient(parameters)
     state = random_state(layout.device)
     first = processes.meet(
-        lambda: _first_call(closure, parameters, layout, memory, counts, engine, bystanders), theta, settings
+        lambda: _first_call(closure, parameters, layout, memory, counts, engine, bystanders, processes), theta, settings
     )
     called, usable = first.flags
     recording, program, reason = first.recording, first.program, first.reason
@@ -163,10 +171,13 @@ def _first_call(
     counts: EvaluationCounts,
     engine: Engine,
     bystanders: Sequence[Tensor],
+    processes: Processes,
 ) -> FirstCall:
+    own = [*parameters, *(p for p in bystanders if p.requires_grad)]
+    backward = nullcontext() if processes.size == 1 else LocalBackward(own)
     before = [(p.grad, None if p.grad is None else p.grad._version) for p in parameters]
     recording = Recording(parameters)
-    with torch.enable_grad(), Recorder([recording]):
+    with torch.enable_grad(), backward, Recorder([recording]):
         returned = closure()
     untouched = all(p.grad is g and (g is None or g._version == v) for p, (g, v) in zip(parameters, before, strict=True))
     if returned is None and untouched:

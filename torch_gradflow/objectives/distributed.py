@@ -300,8 +300,8 @@ class SeveralProcesses(Processes):
         if bool(differs[3]) and not bool(differs[4] | differs[5]):
             raise ValueError(
                 f"shard_size is {_listed(sizes)} in the processes, but the gradients in .grad are already averaged, with "
-                "equal weights, as DistributedDataParallel does it. Use the model that it wraps (model.module) in the loop: "
-                "the optimizer combines the gradients itself. Or give all processes equally many samples."
+                "equal weights, as DistributedDataParallel does it. Use the model that it wraps (model.module) in the loop, "
+                "or a closure: the optimizer combines the gradients itself. Or give all processes equally many samples."
             )
 
     def whole(self, evaluate: Callable[[], tuple[Tensor, Tensor]], theta: Tensor) -> tuple[Tensor, Tensor]:

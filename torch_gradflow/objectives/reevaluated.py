@@ -203,16 +203,19 @@ class BackwardWatch(TorchFunctionMode):
 class LocalBackward(BackwardWatch):
     """While entered, ``loss.backward()`` adds gradients to ``.grad`` of the parameters alone, and accumulates nowhere else.
 
-    So nothing that waits for gradients to be accumulated takes notice: DistributedDataParallel averages none.
+    So what waits for gradients to be accumulated takes no notice: DistributedDataParallel averages none, and no process waits
+    in its backward pass for another one, which may have failed.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         super().__init__()
         self._parameters = parameters
 
-    def run_backward(self, loss: Tensor, gradient: Tensor | None = None, *_: Any, **__: Any) -> None:
+    def run_backward(
+        self, loss: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None, *_: Any, **__: Any
+    ) -> None:
         """The gradients of the parameters."""
-        parts = torch.autograd.grad(loss, list(self._parameters), gradient, allow_unused=True)
+        parts = torch.autograd.grad(loss, list(self._parameters), gradient, retain_graph, allow_unused=True)
         add_gradients(self._parameters, parts)
 
 

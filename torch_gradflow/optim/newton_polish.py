@@ -49,8 +49,9 @@ class NewtonPolish(ClosureOptimizer):
         progress: True for a progress bar, or a function that is given a ``MinimizeReport`` per iteration.
         process_group: The ``torch.distributed`` process group among whose processes the data are divided, usually
             ``torch.distributed.group.WORLD``; None: all data are here. The loss is that of all data; every process has the
-            same parameters, and runs the same loop with its own data. A model in DistributedDataParallel works, if shards are
-            of equal size; a bare one does, too.
+            same parameters, and runs the same loop with its own data. The model may be bare, or in DistributedDataParallel
+            (which averages ``.grad`` with equal weights: in a loop without a closure shards have to be of equal size then).
+            ``.grad`` is the gradient of the whole loss after a step. Process 0 alone reports progress.
         shard_size: How many samples this process has, where its loss is their mean: losses are weighted accordingly. None:
             equal weights, for shards of equal size.
         reduction: "mean" if the loss of a process is a mean over its samples; "sum" if it is a sum, so that losses are added.
