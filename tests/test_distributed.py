@@ -11,6 +11,7 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import runpy
 import signal
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -152,6 +153,12 @@ def resuming(rank: int, size: int) -> Found:
     with pytest.raises(TypeError, match="state_dict"):
         pickle.dumps(optimizer)
     return {"ends": torch.stack(ends)}
+
+
+def as_in_the_example(rank: int, size: int) -> Found:
+    """What ``examples/distributed.py`` prints."""
+    loss, kind = runpy.run_path(str(Path(__file__).parents[1] / "examples" / "distributed.py"))["train"]()
+    return {"loss": loss, "kind": kind}
 
 
 def failing_late(rank: int, size: int) -> Found:
@@ -319,6 +326,7 @@ COMPARED: dict[str, Callable[[int, int], Found]] = {
     "integrate": integrating,
     "polish": polishing,
     "polish, bfgs": partial(polishing, method="bfgs"),
+    "example": as_in_the_example,
 }
 OTHERS: dict[str, Callable[[int, int], Found]] = {
     "auto": partial(integrating, method="auto"),
@@ -336,7 +344,7 @@ LEFT_OUT: dict[int, tuple[str, ...]] = {
     2: (),
     3: (
         *("dopri5, perceptron", "dopri5, closure", "bdf, closure", "DDP, loop", "DDP, closure", "fallback, DDP"),
-        *("sums", "float64 of float32", "polish, bfgs", "resuming", "uneven records"),
+        *("sums", "float64 of float32", "polish, bfgs", "resuming", "uneven records", "example"),
     ),
 }
 

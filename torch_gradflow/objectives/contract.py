@@ -69,7 +69,7 @@ def check_contract(
                 "gradient. Make the gradient a function of the parameters, or pass check=False."
             )
         elsewhere = replay is None or _same_there(processes.joint(replay), theta + shift, moved, layout)
-        described = not_the_slope((loss, gradient), moved, shift, layout)
+        described = processes.share(not_the_slope((loss, gradient), moved, shift, layout), layout.device)
         return ContractReport(replay_holds=elsewhere, not_a_gradient=described)
     finally:
         set_random_state(state)

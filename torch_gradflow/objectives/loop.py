@@ -108,7 +108,8 @@ def open_loop(
     if memory.check and not behaves and resolution < 1e-4:
         shift = downhill(theta, tried.gradient, layout)
         moved = processes.joint(tried.objective).loss_and_gradient(theta + shift)
-        memory.not_a_gradient = not_the_slope((tried.loss, tried.gradient), moved, shift, layout)
+        described = not_the_slope((tried.loss, tried.gradient), moved, shift, layout)
+        memory.not_a_gradient = processes.share(described, layout.device)
         if memory.not_a_gradient:
             memory.warn_once(NOT_A_GRADIENT.format(memory.not_a_gradient))
         else:

@@ -200,7 +200,7 @@ def try_replay(
     if program.structure != memory.structure:
         memory.structure, memory.second_derivatives = program.structure, None
     # Without a program in memory (after a restart) loss and gradient alone have to tell.
-    unchanged = unchanged and processes.all(memory.program is None or memory.program.same_function_as(program))
+    unchanged = processes.all(unchanged and (memory.program is None or memory.program.same_function_as(program)))
     wide = any(dtype != layout.dtype for dtype in layout.dtypes)
     known = memory.program is not None and unchanged and not wide
     plain = Replay(None, "", loss, gradient, unchanged)
