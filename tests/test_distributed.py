@@ -28,7 +28,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from torch_gradflow import GradientFlow, NewtonPolish
 from torch_gradflow.objectives.base import ClosureError
-from torch_gradflow.objectives.distributed import OneProcess, ProcessError, find_processes
+from torch_gradflow.objectives.distributed import find_processes
+from torch_gradflow.objectives.processes import OneProcess, ProcessError
 
 N_SAMPLES = 30
 # Where the data are cut for so many processes: into parts of different sizes.

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from torch_gradflow.objectives.base import ClosureError, EvaluationCounts, Objective
 from torch_gradflow.objectives.contract import ContractReport, added_up, check_contract
-from torch_gradflow.objectives.distributed import ALONE, Pass, ProcessError, Processes
 from torch_gradflow.objectives.opened import NOT_A_GRADIENT, Engine, Memory, Opened, gradients_left, try_replay
 from torch_gradflow.objectives.parameters import ParameterLayout
+from torch_gradflow.objectives.processes import ALONE, Pass, ProcessError, Processes
 from torch_gradflow.objectives.program import Program
 from torch_gradflow.objectives.record import Recorder, Recording
 from torch_gradflow.objectives.reevaluated import (

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from torch_gradflow.objectives.base import ClosureError, Objective
-from torch_gradflow.objectives.distributed import Processes
 from torch_gradflow.objectives.parameters import ParameterLayout
+from torch_gradflow.objectives.processes import Processes
 from torch_gradflow.objectives.reevaluated import ReevaluatedClosure, random_state, set_random_state
 
 

@@ -3,8 +3,8 @@
 Each process opens its own closure or loop (``objectives.closure``, ``objectives.loop``); what these compare with ``.grad`` or
 with what they expect are the numbers of the whole loss, which all processes compute together (``Processes.meet``,
 ``.whole``). Then process 0 alone integrates or minimises, and tells the others what to evaluate (``Processes.lead``): so they
-cannot disagree on what is accepted, on the method, or on when to stop, whatever their clocks, their libraries and the order in
-which these add say. At the end all processes have its result.
+cannot disagree on what is accepted, on the method, or on when to stop, whatever their clocks say and in whatever order their
+libraries add. At the end all processes have its result.
 
 Loss, gradient, and whether a process failed travel in one all-reduce. A failure in one process is therefore one in all of
 them at the same evaluation: each raises an error that says where it was, and none waits for another.
@@ -13,13 +13,10 @@ them at the same evaluation: each raises an error that says where it was, and no
 from __future__ import annotations
 
 import io
-import signal
-import threading
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, cast
 
 import torch
@@ -27,180 +24,38 @@ from torch import Tensor, distributed
 
 from torch_gradflow.checks import check_count
 from torch_gradflow.objectives.base import EvaluationCounts, Objective
+from torch_gradflow.objectives.interrupts import Interrupts
+from torch_gradflow.objectives.processes import ALONE, OneProcess, Pass, ProcessError, Processes, Reached
 
 _T = TypeVar("_T")
 _P = TypeVar("_P", bound="Pass")
 LossReduction = Literal["mean", "sum"]
 # What process 0 asks the others to evaluate, by the names of an objective's methods; the last one is the end of its work.
 _REQUESTS = ("loss_and_gradient", "hvp", "hessian", "loss_gradient_hessian", "")
+# So many flags a pass may have.
+_MOST_FLAGS = 4
 
 
-class ProcessError(RuntimeError):
-    """Another process failed or was lost, or the processes do not agree on what they are to do together."""
+class Lost(ProcessError):
+    """Another process is not there any more, or does not answer in time."""
 
 
-@dataclass(frozen=True)
-class Pass:
-    """What a pass through one's own data gave, or, after ``Processes.meet``, through all of them.
+@contextmanager
+def lost_is_said(own: BaseException | None = None) -> Iterator[None]:
+    """Turn errors of torch.distributed into ``Lost``; into the process's own exception, where it failed before.
 
-    Attributes:
-        loss: L_r, or L; 0-dimensional.
-        gradient: What is in ``.grad``, or that of the whole; shape ``(P,)``.
-        flags: What has to hold in all processes to be of use; afterwards, whether it does.
+    Raises:
+        Lost: With the reason.
     """
-
-    loss: Tensor
-    gradient: Tensor
-    flags: tuple[bool, ...]
-
-
-@dataclass
-class Reached:
-    """How far a step in progress came: it survives failures, in all processes.
-
-    Attributes:
-        theta: The last accepted θ.
-        t: The flow time there.
-        result: What is known of the run so far.
-    """
-
-    theta: Tensor
-    t: float = 0.0
-    result: Any = None
-
-
-class Processes(ABC):
-    """The processes among which the data are divided; all of them call the same methods in the same order.
-
-    Attributes:
-        size: How many there are.
-    """
-
-    size: int
-
-    @abstractmethod
-    def check_world(self, name: str) -> None:
-        """Refuse an optimizer, called ``name``, in one of several processes that was not told of the others.
-
-        Raises:
-            ValueError: Naming the argument.
-        """
-
-    @abstractmethod
-    def interruptible(self) -> AbstractContextManager[None]:
-        """A context for a step: within, Ctrl-C in one process interrupts all of them, at the same evaluation."""
-
-    @abstractmethod
-    def check(self, work: Callable[[], _T]) -> _T:
-        """The result of ``work``, if it raises an exception in no process."""
-
-    @abstractmethod
-    def all(self, flag: bool) -> bool:
-        """Whether ``flag`` is true in all processes."""
-
-    @abstractmethod
-    def meet(self, run: Callable[[], _P], theta: Tensor, settings: str) -> _P:
-        """A pass through one's own data, with loss, gradient and flags of the whole.
-
-        Raises:
-            ProcessError: If θ or ``settings`` are not the same in all processes.
-            ValueError: If the gradients are already averaged with other weights than those of the shards.
-        """
-
-    @abstractmethod
-    def whole(self, evaluate: Callable[[], tuple[Tensor, Tensor]], theta: Tensor) -> tuple[Tensor, Tensor]:
-        """Loss and gradient of the whole, from those of one's own data."""
-
-    @abstractmethod
-    def joint(self, objective: Objective) -> Objective:
-        """The whole loss, which all processes evaluate at the same time, from that of one's own data."""
-
-    @abstractmethod
-    def check_sizes(self, n_samples: int) -> None:
-        """Refuse shards that are weighted equally, but are seen to hold different numbers of samples.
-
-        Raises:
-            ValueError: With the numbers.
-        """
-
-    @abstractmethod
-    def lead(self, objective: Objective, reached: Reached, work: Callable[[Objective], _T]) -> _T:
-        """What ``work`` makes of the whole loss, done in process 0, which the others serve.
-
-        Args:
-            objective: The loss of one's own data.
-            reached: What ``work`` changes besides; afterwards the same in all processes, also after an exception.
-            work: What is to be done; its result has to be picklable.
-        """
-
-    @abstractmethod
-    def share(self, value: _T, device: torch.device) -> _T:
-        """The value that process 0 has; picklable, its tensors on ``device``."""
-
-
-class OneProcess(Processes):
-    """All data are here.
-
-    Args:
-        chosen: Whether the user said so, by a process group of one.
-    """
-
-    size = 1
-
-    def __init__(self, *, chosen: bool = False) -> None:
-        self._chosen = chosen
-
-    def check_world(self, name: str) -> None:
-        """See ``Processes``."""
-        if self._chosen or not distributed.is_available() or not distributed.is_initialized():
-            return
-        n = distributed.get_world_size()
-        if n > 1:
-            raise ValueError(
-                f"{name} was used in one of {n} processes without process_group: each would go its own way. Pass "
-                "process_group=torch.distributed.group.WORLD to follow their common loss, with shard_size= if they hold "
-                "different numbers of samples; or, for independent runs, a group of each process alone "
-                "(torch.distributed.new_subgroups(1)[0])."
-            )
-
-    @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """See ``Processes``."""
+    try:
         yield
-
-    def check(self, work: Callable[[], _T]) -> _T:
-        """See ``Processes``."""
-        return work()
-
-    def all(self, flag: bool) -> bool:
-        """See ``Processes``."""
-        return flag
-
-    def meet(self, run: Callable[[], _P], theta: Tensor, settings: str) -> _P:
-        """See ``Processes``."""
-        return run()
-
-    def whole(self, evaluate: Callable[[], tuple[Tensor, Tensor]], theta: Tensor) -> tuple[Tensor, Tensor]:
-        """See ``Processes``."""
-        return evaluate()
-
-    def joint(self, objective: Objective) -> Objective:
-        """See ``Processes``."""
-        return objective
-
-    def check_sizes(self, n_samples: int) -> None:
-        """See ``Processes``."""
-
-    def lead(self, objective: Objective, reached: Reached, work: Callable[[Objective], _T]) -> _T:
-        """See ``Processes``."""
-        return work(objective)
-
-    def share(self, value: _T, device: torch.device) -> _T:
-        """See ``Processes``."""
-        return value
-
-
-ALONE = OneProcess()
+    except RuntimeError as error:
+        if own is not None:
+            raise own from error
+        raise Lost(
+            "another process was lost, or does something else (a collective call of torch.distributed failed: "
+            f"{str(error).splitlines()[0]}). The parameters are those at the start of the step."
+        ) from error
 
 
 class SeveralProcesses(Processes):
@@ -273,7 +128,7 @@ class SeveralProcesses(Processes):
             gradient = _digest(own.gradient) if bool((own.gradient != 0).any()) else (float(self._rank), -1.0)
             return [*_digest(theta), float(zlib.crc32(settings.encode())), float(size), *gradient, *map(float, own.flags)]
 
-        total, table = self._exchange(values, 1 + len(theta), marks, 6 + MOST_FLAGS)
+        total, table = self._exchange(values, 1 + len(theta), marks, 6 + _MOST_FLAGS)
         self._check_agreement(table)
         total, n_flags = total.to(theta), len(passes[0].flags)
         flags = tuple(bool(column.all()) for column in table[:, 6 : 6 + n_flags].T)
@@ -333,43 +188,38 @@ class SeveralProcesses(Processes):
         """See ``Processes``."""
         start = replace(reached)
         try:
-            failure = None
             if self._rank == 0:
-                outcome = self._lead(objective, reached, work)
-            else:
-                failure = self._serve(objective)
-                outcome = self._receive(objective.device)
+                return self._lead(objective, reached, work)
+            failure = self._serve(objective)
+            result, error, reached.theta, reached.t, reached.result = self._receive(objective.device)
         except Lost:
             # The only point that all processes know of.
             reached.theta, reached.t, reached.result = start.theta, start.t, start.result
             raise
-        result, error, reached.theta, reached.t, reached.result = outcome
-        if error is not None and failure is not None:
-            raise error from failure
+        if error:
+            raise _unpacked(error) from failure
+        return cast(_T, result)
+
+    def _lead(self, objective: Objective, reached: Reached, work: Callable[[Objective], _T]) -> _T:
+        result: _T | None = None
+        error: BaseException | None = None
+        try:
+            result = work(DistributedObjective(objective, self, leads=True))
+        except Lost:
+            raise
+        except BaseException as raised:  # it is raised in all processes, here too
+            error = raised
+        told = b"" if error is None else _packed_error(error)
+        try:
+            data = _packed((result, told, reached.theta, reached.t, reached.result))
+        except Exception as raised:  # the others wait for something
+            error = raised
+            data = _packed((None, _packed_error(raised), reached.theta, reached.t, None))
+        self.request("", reached.theta)
+        self._send(data)
         if error is not None:
             raise error
         return cast(_T, result)
-
-    def _lead(
-        self, objective: Objective, reached: Reached, work: Callable[[Objective], _T]
-    ) -> tuple[_T | None, BaseException | None, Tensor, float, Any]:
-        result, error = None, None
-        try:
-            result = work(DistributedObjective(objective, self, leads=True))
-        except BaseException as raised:  # it is raised in all processes, here too
-            if isinstance(raised, Lost):
-                raise
-            error = raised
-        outcome = (result, error, reached.theta, reached.t, reached.result)
-        try:
-            data = _packed(outcome)
-        except Exception as why:  # the others must not wait for it
-            error = ProcessError(f"{error or why} (it could not be passed on to the other processes)")
-            outcome = (None, error, reached.theta, reached.t, None)
-            data = _packed(outcome)
-        self.request("", reached.theta)
-        self._send(data)
-        return outcome
 
     def _serve(self, objective: Objective) -> BaseException | None:
         """Evaluate what process 0 asks for, until it is done; the exception of the last evaluation is returned."""
@@ -415,7 +265,7 @@ class SeveralProcesses(Processes):
     def _receive(self, device: torch.device) -> Any:
         length = int(self._broadcast(torch.zeros(1, dtype=torch.int64)))
         data = self._broadcast(torch.zeros(length, dtype=torch.uint8))
-        return torch.load(io.BytesIO(data.cpu().numpy().tobytes()), map_location=device, weights_only=False)
+        return _unpacked(data.cpu().numpy().tobytes(), device)
 
     def _broadcast(self, tensor: Tensor) -> Tensor:
         """The tensor of process 0."""
@@ -465,78 +315,12 @@ class SeveralProcesses(Processes):
         told: list[Any] = [None] * self.size
         with lost_is_said(own):
             distributed.all_gather_object(told, b"" if own is None else _packed_error(own), group=self._group)
-        error = torch.load(io.BytesIO(told[first]), weights_only=False)
+        error = _unpacked(told[first])
         if isinstance(error, KeyboardInterrupt) and self._interrupts is not None:
             self._interrupts.delivered = True
         if own is not None and self._rank == first:
             raise own
         raise _elsewhere(error, first) from own
-
-
-# So many flags a pass may have.
-MOST_FLAGS = 4
-
-
-class Lost(ProcessError):
-    """Another process is not there any more, or does not answer in time."""
-
-
-@contextmanager
-def lost_is_said(own: BaseException | None = None) -> Iterator[None]:
-    """Turn errors of torch.distributed into ``Lost``; into the process's own exception, where it failed before.
-
-    Raises:
-        Lost: With the reason.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if own is not None:
-            raise own from error
-        raise Lost(
-            "another process was lost, or does something else (a collective call of torch.distributed failed: "
-            f"{str(error).splitlines()[0]}). The parameters are those at the start of the step."
-        ) from error
-
-
-class Interrupts:
-    """While entered, Ctrl-C is noted, and raised by ``deliver``: not in the middle of what processes do together.
-
-    A second Ctrl-C is raised at once. Handlers that others installed, and other threads than the main one, are left alone.
-
-    Attributes:
-        delivered: Whether a KeyboardInterrupt was raised: one is enough for a step.
-    """
-
-    def __init__(self) -> None:
-        self.delivered = False
-        self._noted = 0
-        self._before: Any = None
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            before = signal.getsignal(signal.SIGINT)
-            if before is signal.default_int_handler:
-                self._before = before
-                signal.signal(signal.SIGINT, self._note)
-        return self
-
-    def _note(self, *_: Any) -> None:
-        self._noted += 1
-        if self._noted > 1 and not self.delivered:
-            raise KeyboardInterrupt
-
-    def deliver(self) -> None:
-        """Raise KeyboardInterrupt if one was noted."""
-        if self._noted and not self.delivered:
-            self.delivered = True
-            raise KeyboardInterrupt
-
-    def __exit__(self, *_: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-            if self._noted and not self.delivered:
-                raise KeyboardInterrupt
 
 
 class DistributedObjective(Objective):
@@ -637,11 +421,16 @@ def _packed(value: Any) -> bytes:
     return buffer.getvalue()
 
 
+def _unpacked(data: bytes, device: torch.device | None = None) -> Any:
+    """The inverse of ``_packed``."""
+    return torch.load(io.BytesIO(data), map_location=device, weights_only=False)
+
+
 def _packed_error(error: BaseException) -> bytes:
     """As ``_packed``; of what cannot be pickled the text."""
     try:
         data = _packed(error)
-        torch.load(io.BytesIO(data), weights_only=False)
+        _unpacked(data)
     except Exception:
         return _packed(ProcessError(f"{type(error).__name__}: {error}"))
     return data

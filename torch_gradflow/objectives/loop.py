@@ -17,9 +17,9 @@ from torch import Tensor
 
 from torch_gradflow.objectives.base import EvaluationCounts
 from torch_gradflow.objectives.contract import downhill, not_the_slope
-from torch_gradflow.objectives.distributed import ALONE, Pass, Processes
 from torch_gradflow.objectives.opened import NOT_A_GRADIENT, Engine, Memory, Opened, gradients_left, try_replay
 from torch_gradflow.objectives.parameters import ParameterLayout
+from torch_gradflow.objectives.processes import ALONE, Pass, Processes
 from torch_gradflow.objectives.program import Program
 from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.trees import version_of

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch_gradflow.objectives.base import EvaluationCounts, Objective
 from torch_gradflow.objectives.calls import NotRecognised
 from torch_gradflow.objectives.contract import agree, only_rounding
-from torch_gradflow.objectives.distributed import Processes
 from torch_gradflow.objectives.function import FunctionObjective, SecondDerivatives
 from torch_gradflow.objectives.parameters import ParameterLayout
 from torch_gradflow.objectives.perceptron import WIDE, PerceptronObjective
+from torch_gradflow.objectives.processes import Processes
 from torch_gradflow.objectives.program import Program
 from torch_gradflow.objectives.recognition import recognise
 from torch_gradflow.perceptron.kernels import is_wide

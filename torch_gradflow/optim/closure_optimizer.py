@@ -15,10 +15,10 @@ from torch.optim.optimizer import Optimizer
 from torch_gradflow.checks import check_number
 from torch_gradflow.objectives.base import EvaluationCounts
 from torch_gradflow.objectives.closure import NoClosure, open_closure
-from torch_gradflow.objectives.distributed import Processes, Reached
 from torch_gradflow.objectives.loop import NOT_ZEROED_BEFORE, open_loop
 from torch_gradflow.objectives.opened import Engine, Memory, Opened
 from torch_gradflow.objectives.parameters import ParameterLayout, check_memory_apart, check_parameters, working_dtype
+from torch_gradflow.objectives.processes import Processes, Reached
 from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.regularized import Penalties
 from torch_gradflow.objectives.tape import tape

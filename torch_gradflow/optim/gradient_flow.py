@@ -24,10 +24,11 @@ from torch_gradflow.flow.stepwise import StepwiseState
 from torch_gradflow.flow.stopping import StoppingRule
 from torch_gradflow.objectives.base import ClosureError, Objective
 from torch_gradflow.objectives.contract import agree
-from torch_gradflow.objectives.distributed import LossReduction, Pass, find_processes
+from torch_gradflow.objectives.distributed import LossReduction, find_processes
 from torch_gradflow.objectives.loop import NoRecord
 from torch_gradflow.objectives.opened import Engine, GradientFlowWarning, Opened
 from torch_gradflow.objectives.parameters import working_dtype
+from torch_gradflow.objectives.processes import Pass
 from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.regularized import Penalties, Regularized, Rescaled
 from torch_gradflow.optim import carried
