@@ -29,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch_gradflow import GradientFlow, NewtonPolish
 from torch_gradflow.objectives.base import ClosureError
 from torch_gradflow.objectives.distributed import find_processes
+from torch_gradflow.objectives.opened import GradientFlowWarning
 from torch_gradflow.objectives.processes import OneProcess, ProcessError
 
 N_SAMPLES = 30
@@ -83,6 +84,23 @@ def falling_back(rank: int, size: int, *, ddp: bool = False) -> Found:
     settings: Found = {"process_group": group(), "shard_size": None if ddp else len(x)}
     optimizer = GradientFlow(model.parameters(), lr=0.1, record=False, **settings)
     advanced(optimizer, wrapped, x, y, loop=True, n_steps=25)
+    return {"theta": flat(model), "t": optimizer.flow_time, "engine": optimizer.stats.engine}
+
+
+def falling_back_together(rank: int, size: int) -> Found:
+    """One gradient per call, because nothing is recorded in process 0."""
+    model, x, y = problem(rank, size)
+    optimizer = GradientFlow(model.parameters(), lr=0.1, process_group=group(), shard_size=len(x))
+
+    def train() -> None:
+        for _ in range(25):
+            optimizer.zero_grad()
+            loss = nn.functional.mse_loss(model(x), y)
+            torch.autograd.backward(loss) if rank == 0 else loss.backward()
+            optimizer.step()
+
+    with pytest.warns(GradientFlowWarning, match="one gradient per call"):
+        train()
     return {"theta": flat(model), "t": optimizer.flow_time, "engine": optimizer.stats.engine}
 
 
@@ -289,7 +307,7 @@ def uneven_records(rank: int, size: int) -> Found:
 
     def loss_fn(prediction: Tensor, target: Tensor) -> Tensor:
         loss = nn.functional.mse_loss(prediction, target)
-        return loss * 1.0 if rank == 0 or float(loss) < 0 else loss
+        return loss * 1.0 if rank == 0 or loss.item() < 0 else loss
 
     optimizer = GradientFlow(model.parameters(), lr=0.5, method="dopri5", process_group=group(), shard_size=len(x))
     closure = make_closure(optimizer, model, x, y, loss_fn)
@@ -322,6 +340,7 @@ COMPARED: dict[str, Callable[[int, int], Found]] = {
     "DDP, closure": partial(flowing, method="bdf", ddp=True, engine="closure"),
     "fallback": falling_back,
     "fallback, DDP": partial(falling_back, ddp=True),
+    "fallback of one": falling_back_together,
     "sums": summing,
     "float64 of float32": widened,
     "integrate": integrating,
@@ -345,7 +364,7 @@ LEFT_OUT: dict[int, tuple[str, ...]] = {
     2: (),
     3: (
         *("dopri5, perceptron", "dopri5, closure", "bdf, closure", "DDP, loop", "DDP, closure", "fallback, DDP"),
-        *("sums", "float64 of float32", "polish, bfgs", "resuming", "uneven records", "example"),
+        *("sums", "float64 of float32", "polish, bfgs", "resuming", "uneven records", "example", "fallback of one"),
     ),
 }
 
