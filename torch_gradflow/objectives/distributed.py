@@ -396,11 +396,9 @@ def find_processes(process_group: Any, shard_size: Any, reduction: Any) -> Proce
         return ALONE
     if not distributed.is_available() or not isinstance(process_group, distributed.ProcessGroup):
         raise TypeError(
-            "process_group must be a group of torch.distributed, such as torch.distributed.group.WORLD after "
-            f"init_process_group(), or None; not {process_group!r}."
+            "process_group must be a group of torch.distributed that contains this process, such as "
+            f"torch.distributed.group.WORLD after init_process_group(), or None; not {process_group!r}."
         )
-    if distributed.get_rank(process_group) < 0:
-        raise ValueError("process_group must contain this process; it does not.")
     if distributed.get_world_size(process_group) == 1:
         return OneProcess(chosen=True)
     return SeveralProcesses(process_group, shard_size, reduction)
