@@ -320,14 +320,14 @@ def test_integrate_with_nothing_to_move() -> None:
 
 
 def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch, used: Used) -> None:
-    """Losses of several processes would have to be combined: refused, for step, integrate and NewtonPolish."""
+    """Losses of several processes have to be combined, so the group has to be named: for step, integrate and NewtonPolish."""
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 4)
     model, optimizer, closure = used
     polish = NewtonPolish(model.parameters())
-    raises(lambda: optimizer.step(closure), NotImplementedError, r"GradientFlow .*4 processes")
-    raises(lambda: optimizer.integrate(closure, 1.0), NotImplementedError, r"4 processes")
-    raises(lambda: polish.step(closure), NotImplementedError, r"NewtonPolish .*4 processes")
+    raises(lambda: optimizer.step(closure), ValueError, r"GradientFlow .*4 processes.*process_group=")
+    raises(lambda: optimizer.integrate(closure, 1.0), ValueError, r"4 processes.*process_group=")
+    raises(lambda: polish.step(closure), ValueError, r"NewtonPolish .*4 processes.*process_group=")
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda *_: 1)
     GradientFlow(network().parameters(), lr=0.0).step(lambda: None)
 

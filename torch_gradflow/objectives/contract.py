@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torch_gradflow.objectives.base import ClosureError, Objective
 from torch_gradflow.objectives.parameters import ParameterLayout
+from torch_gradflow.objectives.processes import Processes
 from torch_gradflow.objectives.reevaluated import ReevaluatedClosure, random_state, set_random_state
 
 
@@ -33,6 +34,7 @@ def check_contract(
     layout: ParameterLayout,
     again: ReevaluatedClosure,
     replay: Objective | None,
+    processes: Processes,
 ) -> ContractReport:
     """Two more calls of the closure: is it a function of θ, is the replay that function, is the gradient its own?
 
@@ -43,6 +45,7 @@ def check_contract(
         layout: The parameters' layout.
         again: The closure, to be called again; the caller restores parameters and gradients.
         replay: The replay, if it served at the start.
+        processes: Those whose whole loss it is: loss and gradient are that of the whole, closure and replay one's own.
 
     Raises:
         ClosureError: If the closure is stochastic, or does not zero the gradients.
@@ -50,9 +53,9 @@ def check_contract(
     state = random_state(layout.device)
     try:
         shift = downhill(theta, gradient, layout)
-        moved = again.loss_and_gradient(theta + shift)
+        moved = processes.joint(again).loss_and_gradient(theta + shift)
         # The last call is the one at the start of the step: what it logs, and what Lightning keeps of it, belongs there.
-        second = again.call_afresh(theta)
+        second = processes.whole(lambda: again.call_afresh(theta), theta)
         if not agree((second[0], gradient), (loss, gradient), layout):
             raise ClosureError(
                 f"the closure is stochastic: called twice with the same parameters it returned {float(loss):.10g} and "
@@ -65,8 +68,8 @@ def check_contract(
                 "the closure is stochastic: called twice with the same parameters it gave the same loss but another "
                 "gradient. Make the gradient a function of the parameters, or pass check=False."
             )
-        elsewhere = replay is None or _same_there(replay, theta + shift, moved, layout)
-        described = not_the_slope((loss, gradient), moved, shift, layout)
+        elsewhere = replay is None or _same_there(processes.joint(replay), theta + shift, moved, layout)
+        described = processes.share(not_the_slope((loss, gradient), moved, shift, layout), layout.device)
         return ContractReport(replay_holds=elsewhere, not_a_gradient=described)
     finally:
         set_random_state(state)

@@ -10,14 +10,16 @@ serve, that gradient is all there is.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from torch_gradflow.objectives.base import EvaluationCounts
 from torch_gradflow.objectives.contract import downhill, not_the_slope
-from torch_gradflow.objectives.opened import NOT_A_GRADIENT, Engine, Memory, Opened, try_replay
+from torch_gradflow.objectives.opened import NOT_A_GRADIENT, Engine, Memory, Opened, gradients_left, try_replay
 from torch_gradflow.objectives.parameters import ParameterLayout
+from torch_gradflow.objectives.processes import ALONE, Pass, Processes
 from torch_gradflow.objectives.program import Program
 from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.trees import version_of
@@ -67,6 +69,8 @@ def open_loop(
     why_not: str = NOT_ZEROED_BEFORE,
     theta: Tensor | None = None,
     expected: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
+    processes: Processes = ALONE,
+    settings: str = "",
 ) -> Opened:
     """Make what was recorded of a loop an Objective of the flat vector of ``parameters``.
 
@@ -80,34 +84,32 @@ def open_loop(
         why_not: Why there is no recording, if there is none.
         theta: θ in ``layout.dtype`` where it is known more precisely than the parameters hold it.
         expected: Whether (loss, gradient, θ) at the start are those that an unchanged objective would give.
+        processes: Those among which the data are divided; each has a loop of its own.
+        settings: What has to be the same in all of them.
 
     Raises:
         NoRecord: If the record does not serve.
         FloatingPointError: If loss or gradient are not finite.
     """
     theta = layout.flatten(parameters) if theta is None else theta
-    if recording is None:
-        raise NoRecord(why_not)
-    gradient = gradient_left(parameters, layout)
-    program = _usable(recording, parameters, memory)
-    if recording.loss is None or recording.loss.numel() != 1:
-        raise NoRecord("backward was called on a tensor with more than one element")
-    recorded = recording.loss.detach().reshape(())
-    loss = recorded.to(dtype=layout.dtype, device=layout.device)
-    if not bool(torch.isfinite(loss)):
-        raise FloatingPointError(f"the loss is {float(loss)}; the parameters were left as they are.")
+    seen = processes.meet(lambda: _look_at(recording, parameters, layout, memory, why_not), theta, settings)
+    loss, gradient, recording, program = seen.loss, seen.gradient, seen.recording, seen.program
+    behaves, untouched = seen.flags
     unchanged = expected is not None and expected(loss, gradient, theta)
     resolution = layout.resolution(recording.autocast)
-    tried = try_replay(program, theta, loss, gradient, layout, memory, counts, resolution, unchanged, engine)
-    reason = tried.reason if tried.objective is None else _changed_by_hand(recording, program, parameters, layout)
+    tried = try_replay(program, theta, loss, gradient, layout, memory, counts, resolution, unchanged, processes, engine)
+    reason = tried.reason
+    if tried.objective is not None and not untouched:
+        reason = _changed_by_hand(seen, parameters, theta, layout, processes)
     if tried.objective is None or reason:
         memory.program = None
         raise NoRecord(reason)
     # Two digits cannot tell.
-    if memory.check and memory.structure not in memory.behaved and resolution < 1e-4:
+    if memory.check and not behaves and resolution < 1e-4:
         shift = downhill(theta, tried.gradient, layout)
-        moved = tried.objective.loss_and_gradient(theta + shift)
-        memory.not_a_gradient = not_the_slope((tried.loss, tried.gradient), moved, shift, layout)
+        moved = processes.joint(tried.objective).loss_and_gradient(theta + shift)
+        described = not_the_slope((tried.loss, tried.gradient), moved, shift, layout)
+        memory.not_a_gradient = processes.share(described, layout.device)
         if memory.not_a_gradient:
             memory.warn_once(NOT_A_GRADIENT.format(memory.not_a_gradient))
         else:
@@ -126,7 +128,7 @@ def open_loop(
     memory.program = program
     return Opened(
         tried.objective,
-        recorded,
+        seen.recorded,
         theta,
         tried.loss,
         tried.gradient,
@@ -135,8 +137,40 @@ def open_loop(
         tried.unchanged,
         parameters,
         layout,
-        [(p, p.grad) for p in parameters],
+        list(zip(parameters, gradients_left([p.grad for p in parameters], gradient, layout, processes), strict=True)),
     )
+
+
+@dataclass(frozen=True)
+class Look(Pass):
+    """What the loop's pass left; its flags: whether such gradients were seen to be the loss's, whether none was changed since.
+
+    Attributes:
+        recording: What was recorded of it.
+        program: What can be replayed.
+        recorded: The loss, in its own type.
+    """
+
+    recording: Recording
+    program: Program
+    recorded: Tensor
+
+
+def _look_at(
+    recording: Recording | None, parameters: Sequence[Tensor], layout: ParameterLayout, memory: Memory, why_not: str
+) -> Look:
+    if recording is None:
+        raise NoRecord(why_not)
+    gradient = gradient_left(parameters, layout)
+    program = _usable(recording, parameters, memory)
+    if recording.loss is None or recording.loss.numel() != 1:
+        raise NoRecord("backward was called on a tensor with more than one element")
+    recorded = recording.loss.detach().reshape(())
+    loss = recorded.to(dtype=layout.dtype, device=layout.device)
+    if not bool(torch.isfinite(loss)):
+        raise FloatingPointError(f"the loss is {float(loss)}; the parameters were left as they are.")
+    flags = (program.structure in memory.behaved, not recording.gradients_were_changed())
+    return Look(loss, gradient, flags, recording, program, recorded)
 
 
 def _usable(recording: Recording, parameters: Sequence[Tensor], memory: Memory) -> Program:
@@ -168,26 +202,30 @@ def _usable(recording: Recording, parameters: Sequence[Tensor], memory: Memory) 
     if recording.suspicions and (before is None or memory.reads_matter):
         memory.trusting = False
         raise NoRecord("; ".join(recording.suspicions) + advice, passing=before is None)
+    if program.structure in memory.distrusted:
+        raise NoRecord(memory.distrusted[program.structure])
     return program
 
 
-def _changed_by_hand(recording: Recording, program: Program, parameters: Sequence[Tensor], layout: ParameterLayout) -> str:
+def _changed_by_hand(
+    seen: Look, parameters: Sequence[Tensor], theta: Tensor, layout: ParameterLayout, processes: Processes
+) -> str:
     """How gradients that were written to after ``backward`` differ from what it left, or "".
 
     The comparison that every step makes cannot see what is small beside the largest component; this one is by tensor, with
     the same computation in the same types.
     """
-    if not recording.gradients_were_changed():
-        return ""
-    with torch.enable_grad():
-        values = [p.detach().requires_grad_(True) for p in parameters]
-        found = torch.autograd.grad(program.evaluate(values), values, allow_unused=True)
-    tolerance = 1e3 * layout.resolution(recording.autocast)
-    for parameter, gradient in zip(parameters, found, strict=True):
-        zero = torch.zeros_like(parameter)
-        left = zero if parameter.grad is None else parameter.grad.to_dense()
-        own = zero if gradient is None else gradient.to_dense()
-        if bool((left - own).abs().max() > tolerance * own.abs().max()):
+
+    def once_more() -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            values = [p.detach().requires_grad_(True) for p in parameters]
+            found = torch.autograd.grad(seen.program.evaluate(values), values, allow_unused=True)
+        return seen.loss, layout.flatten(found)
+
+    _, found = processes.whole(once_more, theta)
+    tolerance = 1e3 * layout.resolution(seen.recording.autocast)
+    for left, own in zip(layout.split(seen.gradient), layout.split(found), strict=True):
+        if own.numel() and bool((left - own).abs().max() > tolerance * own.abs().max()):
             return "gradients were changed after backward (by clipping, masking, a decay that was added, or the like)"
     return ""
 

@@ -17,6 +17,7 @@ from torch_gradflow.objectives.contract import agree, only_rounding
 from torch_gradflow.objectives.function import FunctionObjective, SecondDerivatives
 from torch_gradflow.objectives.parameters import ParameterLayout
 from torch_gradflow.objectives.perceptron import WIDE, PerceptronObjective
+from torch_gradflow.objectives.processes import Processes
 from torch_gradflow.objectives.program import Program
 from torch_gradflow.objectives.recognition import recognise
 from torch_gradflow.perceptron.kernels import is_wide
@@ -80,11 +81,11 @@ class Opened:
     """One step's objective, see ``open_closure`` and ``open_loop``.
 
     Attributes:
-        objective: L(θ).
+        objective: L(θ); of several processes that of this one's own data.
         returned: What the closure returned at the start, or the recorded loss.
         theta: θ at the start.
-        loss: L at the start.
-        gradient: ∇L at the start, as the user's own backward left it in ``.grad``.
+        loss: L at the start, of all processes.
+        gradient: ∇L at the start, as the user's own backward left it in ``.grad``, of all processes.
         engine: Which engine serves, "perceptron", "replay" or "closure".
         reason: Why the replay does not serve, or "".
         unchanged: Whether loss and gradient at the start are those that were expected.
@@ -107,6 +108,20 @@ class Opened:
         self._layout.write(theta, self._parameters)
         for parameter, gradient in self._gradients:
             parameter.grad = gradient
+
+
+def gradients_left(
+    own: Sequence[Tensor | None], gradient: Tensor, layout: ParameterLayout, processes: Processes
+) -> Sequence[Tensor | None]:
+    """What stands in ``.grad`` after a step: the gradient at its start, of several processes that of the whole loss.
+
+    Args:
+        own: What the pass left there.
+        gradient: The same of the whole, as a flat vector.
+        layout: How the parameters lie in it.
+        processes: Those that took part.
+    """
+    return own if processes.size == 1 else [part.clone() for part in layout.split_as_parameters(gradient)]
 
 
 def replayed(
@@ -175,26 +190,24 @@ def try_replay(
     counts: EvaluationCounts,
     resolution: float,
     unchanged: bool,
+    processes: Processes,
     engine: Engine = "auto",
 ) -> Replay:
     """Replay ``program``, on closed-form derivatives where they are known, if it gives ``loss`` and ``gradient`` at θ.
 
     Where it is the program of the last step, whose replay predicted both (``unchanged``), they need not be computed again.
+    With several processes all of them replay their own, and loss and gradient of the whole are compared.
     """
-    doubt = memory.distrusted.get(program.structure)
-    if doubt is not None:
-        return Replay(None, doubt, loss, gradient, unchanged)
     if program.structure != memory.structure:
         memory.structure, memory.second_derivatives = program.structure, None
     # Without a program in memory (after a restart) loss and gradient alone have to tell.
-    unchanged = unchanged and (memory.program is None or memory.program.same_function_as(program))
+    unchanged = processes.all(unchanged and (memory.program is None or memory.program.same_function_as(program)))
     wide = any(dtype != layout.dtype for dtype in layout.dtypes)
     known = memory.program is not None and unchanged and not wide
     plain = Replay(None, "", loss, gradient, unchanged)
     differs = ""
-    no_perceptron = (known and memory.perceptron is None) or program.structure in memory.no_perceptrons
-    if engine != "replay" and not no_perceptron:
-        tried = _try_perceptron(program, theta, plain, layout, memory, counts, known, engine)
+    if engine != "replay" and not (known and memory.perceptron is None):
+        tried = _try_perceptron(program, theta, plain, layout, memory, counts, known, processes, engine)
         if tried.objective is not None:
             return tried
         if engine == "perceptron":
@@ -205,13 +218,14 @@ def try_replay(
     replay = replayed(program, layout, counts, resolution, memory.second_derivatives)
     if known:
         return replace(plain, objective=replay)
+    joint = processes.joint(replay)
     try:
-        found = replay.loss_and_gradient(theta)
+        found = joint.loss_and_gradient(theta)
     except Exception as error:  # a replay can fail in any way that user code can: that only means it is not used
         text = str(error).splitlines()[0] if str(error) else ""
         return replace(plain, reason=f"its record cannot be replayed ({type(error).__name__}: {text})")
     reason = _difference(found, (loss, gradient), layout)
-    if reason and not (wide and only_rounding(replay, theta, found, (loss, gradient), layout)):
+    if reason and not (wide and only_rounding(joint, theta, found, (loss, gradient), layout)):
         return replace(plain, reason=reason, found=found[1])
     if differs:
         memory.no_perceptrons.add(program.structure)
@@ -232,22 +246,31 @@ def _try_perceptron(
     memory: Memory,
     counts: EvaluationCounts,
     known: bool,
+    processes: Processes,
     engine: Engine,
 ) -> Replay:
     """The program on closed-form derivatives, if it is the loss of a perceptron, and these give loss and gradient at θ."""
     if known and memory.perceptron is not None:
         return replace(plain, objective=memory.perceptron)
-    try:
+
+    def as_perceptron() -> PerceptronObjective:
+        if program.structure in memory.no_perceptrons:
+            raise NotRecognised("as one, it differed before")
         found = recognise(program, layout)
+        if engine == "auto" and is_wide(found.network):
+            raise NotRecognised(WIDE)
+        return PerceptronObjective.of(found, layout.dtype, counts=counts)
+
+    try:
+        objective = processes.check(as_perceptron)
     except NotRecognised as why:
         return replace(plain, reason=str(why))
-    if engine == "auto" and is_wide(found.network):
-        return replace(plain, reason=WIDE)
-    objective = PerceptronObjective.of(found, layout.dtype, counts=counts)
+    processes.check_sizes(objective.recognised.samples.x.shape[1])
     wide = any(dtype != layout.dtype for dtype in layout.dtypes)
-    start = objective.loss_and_gradient(theta)
+    joint = processes.joint(objective)
+    start = joint.loss_and_gradient(theta)
     reason = _difference(start, (plain.loss, plain.gradient), layout)
-    if reason and not only_rounding(objective, theta, start, (plain.loss, plain.gradient), layout):
+    if reason and not only_rounding(joint, theta, start, (plain.loss, plain.gradient), layout):
         return replace(plain, reason=reason, found=start[1])
     memory.perceptron = objective
     loss, gradient = start if wide else (plain.loss, plain.gradient)

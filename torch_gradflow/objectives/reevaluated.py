@@ -28,6 +28,17 @@ class ReevaluatedClosure(Objective):
 
     Every call sees the same random numbers (the generator's state at the start of the step) and the buffers that the
     first call left, so within a step it is one function of θ. The owner restores the parameters afterwards.
+
+    Args:
+        closure: The closure.
+        parameters: The tensors that θ stands for.
+        layout: Their layout.
+        counts: Where evaluations are counted.
+        resolution: The rounding unit of the closure.
+        random_state: That of the generators at the start of the step.
+        buffers: Tensors to which the closure writes.
+        apart: Whether it is the loss of one process among several, which must not wait for others within its backward pass,
+            as it would with a DistributedDataParallel model.
     """
 
     def __init__(
@@ -39,6 +50,8 @@ class ReevaluatedClosure(Objective):
         resolution: float,
         random_state: Mapping[str, Tensor],
         buffers: Sequence[Tensor],
+        *,
+        apart: bool = False,
     ) -> None:
         self.n_parameters = layout.n_parameters
         self.dtype = layout.dtype
@@ -50,6 +63,7 @@ class ReevaluatedClosure(Objective):
         self._layout = layout
         self._random_state = random_state
         self._buffers = [(buffer, buffer.detach().clone()) for buffer in buffers]
+        self._apart = apart
         self._confirmed = False
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +83,7 @@ class ReevaluatedClosure(Objective):
         # A mark that only a closure which zeroes its gradients removes.
         for p in self._parameters:
             p.grad = torch.full_like(p, torch.finfo(p.dtype).max / 8)
-        watch = BackwardWatch()
+        watch = LocalBackward(self._parameters) if self._apart else BackwardWatch()
         with watch:
             returned = self._closure()
         gradient = self._layout.gradient(self._parameters)
@@ -162,10 +176,35 @@ class BackwardWatch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        if func is torch.Tensor.backward and args[0].numel() == 1:
+        if func is not torch.Tensor.backward:
+            return func(*args, **(kwargs or {}))
+        if args[0].numel() == 1:
             loss = args[0].detach().clone()
             self.loss = loss if self.loss is None else self.loss + loss
-        return func(*args, **(kwargs or {}))
+        return self.run_backward(*args, **(kwargs or {}))
+
+    def run_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """The backward pass itself."""
+        loss.backward(*args, **kwargs)
+
+
+class LocalBackward(BackwardWatch):
+    """While entered, ``loss.backward()`` adds gradients to ``.grad`` of the parameters alone, and accumulates nowhere else.
+
+    So what waits for gradients to be accumulated takes no notice: DistributedDataParallel averages none, and no process waits
+    in its backward pass for another one, which may have failed.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        super().__init__()
+        self._parameters = parameters
+
+    def run_backward(
+        self, loss: Tensor, gradient: Tensor | None = None, retain_graph: bool | None = None, *_: Any, **__: Any
+    ) -> None:
+        """The gradients of the parameters."""
+        parts = torch.autograd.grad(loss, list(self._parameters), gradient, retain_graph, allow_unused=True)
+        add_gradients(self._parameters, parts)
 
 
 class BackwardDifferentiator(TorchFunctionMode):
@@ -214,10 +253,15 @@ class BackwardDifferentiator(TorchFunctionMode):
             )
             self.products[:, k] += self._layout.flatten(rows)
         # The closure may look at .grad (to clip it, to log its norm).
-        for parameter, part in zip(self._parameters, found, strict=True):
-            if part is not None:
-                old = parameter.grad
-                parameter.grad = part.detach().clone() if old is None else old.detach() + part.detach()
+        add_gradients(self._parameters, found)
+
+
+def add_gradients(parameters: Sequence[Tensor], parts: Sequence[Tensor | None]) -> None:
+    """Add one gradient per parameter to its ``.grad``, as a backward pass does; None is nothing."""
+    for parameter, part in zip(parameters, parts, strict=True):
+        if part is not None:
+            old = parameter.grad
+            parameter.grad = part.detach().clone() if old is None else old.detach() + part.detach()
 
 
 def loss_of(returned: Any, backward_loss: Tensor | None, layout: ParameterLayout) -> Tensor:

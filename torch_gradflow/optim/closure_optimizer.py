@@ -18,6 +18,7 @@ from torch_gradflow.objectives.closure import NoClosure, open_closure
 from torch_gradflow.objectives.loop import NOT_ZEROED_BEFORE, open_loop
 from torch_gradflow.objectives.opened import Engine, Memory, Opened
 from torch_gradflow.objectives.parameters import ParameterLayout, check_memory_apart, check_parameters, working_dtype
+from torch_gradflow.objectives.processes import Processes, Reached
 from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.regularized import Penalties
 from torch_gradflow.objectives.tape import tape
@@ -35,6 +36,7 @@ class ObjectiveSettings:
     engine: Engine
     check: bool
     record: bool
+    processes: Processes
 
     def __post_init__(self) -> None:
         if self.max_norm is not None:
@@ -97,6 +99,10 @@ class ClosureOptimizer(Optimizer):
         except Exception:
             self.param_groups.pop()
             raise
+
+    @property
+    def _processes(self) -> Processes:
+        return self._settings.processes
 
     @property
     def max_norm(self) -> float | None:
@@ -221,7 +227,7 @@ class ClosureOptimizer(Optimizer):
         """A step, with what was recorded for it; nothing is recorded within, not by other optimizers either."""
         recording, self._loop.stepping = self._end_recording(), True
         try:
-            with tape().silenced():
+            with tape().silenced(), self._processes.interruptible():
                 yield recording
         finally:
             self._loop.stepping = False
@@ -229,13 +235,7 @@ class ClosureOptimizer(Optimizer):
     def _check_closure(self, closure: Callable[[], Any] | None) -> None:
         if closure is not None and not callable(closure):
             raise TypeError(f"closure must be a function without arguments that returns the loss, not {closure!r}.")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            n = torch.distributed.get_world_size()
-            if n > 1:
-                raise NotImplementedError(
-                    f"{type(self).__name__} was used in a group of {n} processes: their losses and gradients would have "
-                    "to be combined at every evaluation, which is not supported yet. Run it in one process."
-                )
+        self._processes.check_world(type(self).__name__)
 
     @contextmanager
     def _open(
@@ -246,14 +246,15 @@ class ClosureOptimizer(Optimizer):
         *,
         theta: Tensor | None = None,
         expected: Callable[[Tensor, Tensor, Tensor], bool] | None = None,
-    ) -> Iterator[tuple[Opened, Accepted]]:
-        """Closure or loop opened for one step; at the end, also after a failure, the parameters are the accepted θ.
+    ) -> Iterator[tuple[Opened, Reached]]:
+        """Closure or loop opened for one step; at the end, also after a failure, the parameters are the θ that was reached.
 
         Raises:
             NoRecord: If there is no closure, and no record that serves.
         """
         opened = None
         others = [p for g in self.param_groups for p in g["params"] if all(p is not t for t in active.tensors)]
+        settings = self._common_settings(closure)
         if closure is not None:
             with suppress(NoClosure):
                 opened = open_closure(
@@ -266,6 +267,8 @@ class ClosureOptimizer(Optimizer):
                     theta=theta,
                     expected=expected,
                     bystanders=others,
+                    processes=self._processes,
+                    settings=settings,
                 )
         if opened is None:
             self._counts.n_grad += 1  # the loop's own
@@ -279,14 +282,23 @@ class ClosureOptimizer(Optimizer):
                 why_not=self._why_no_recording(),
                 theta=theta,
                 expected=expected,
+                processes=self._processes,
+                settings=settings,
             )
-        accepted = Accepted(opened.theta)
+        reached = Reached(opened.theta)
         try:
-            yield opened, accepted
+            yield opened, reached
         finally:
-            opened.finish(accepted.theta)
+            opened.finish(reached.theta)
             objective = opened.objective
             self._memory.second_derivatives = getattr(objective, "second_derivatives", None)
+
+    def _common_settings(self, closure: Callable[[], Any] | None) -> str:
+        """What has to be the same in all processes."""
+        settings, keys = self._settings, ("lr", "weight_decay", "maximize", "flow_time")
+        groups = [[len(group["params"]), *(group.get(key) for key in keys)] for group in self.param_groups]
+        own = (settings.max_norm, settings.dtype, settings.engine, settings.check, settings.record)
+        return f"{type(self).__name__}, {closure is None}, {groups}, {own}"
 
     def _why_no_recording(self) -> str:
         if not self._settings.record:
@@ -333,13 +345,6 @@ class LoopState:
     stepping: bool = False
     n_recorded: int = 0
     seconds: float = 0.0
-
-
-@dataclass
-class Accepted:
-    """The last accepted θ of a step in progress."""
-
-    theta: Tensor
 
 
 def check_group(group: Mapping[str, Any], where: str) -> None:

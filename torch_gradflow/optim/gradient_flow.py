@@ -24,9 +24,11 @@ from torch_gradflow.flow.stepwise import StepwiseState
 from torch_gradflow.flow.stopping import StoppingRule
 from torch_gradflow.objectives.base import ClosureError, Objective
 from torch_gradflow.objectives.contract import agree
+from torch_gradflow.objectives.distributed import LossReduction, find_processes
 from torch_gradflow.objectives.loop import NoRecord
 from torch_gradflow.objectives.opened import Engine, GradientFlowWarning, Opened
 from torch_gradflow.objectives.parameters import working_dtype
+from torch_gradflow.objectives.processes import Pass
 from torch_gradflow.objectives.record import Recording
 from torch_gradflow.objectives.regularized import Penalties, Regularized, Rescaled
 from torch_gradflow.optim import carried
@@ -125,6 +127,14 @@ class GradientFlow(ClosureOptimizer):
         fallback: The method with one gradient per call: "bdf-secant", for stiff flows, or "adams-bashforth", which is explicit
             and keeps four vectors only. "auto" is the former up to a million parameters.
         max_evals: Gradients that one ``step`` may spend before it stops early with status "max_evals".
+        process_group: The ``torch.distributed`` process group among whose processes the data are divided, usually
+            ``torch.distributed.group.WORLD``; None: all data are here. The loss is that of all data; every process has the
+            same parameters, and runs the same loop with its own data. The model may be bare, or in DistributedDataParallel
+            (which averages ``.grad`` with equal weights: in a loop without a closure shards have to be of equal size then).
+            ``.grad`` is the gradient of the whole loss after a step. Process 0 alone reports progress.
+        shard_size: How many samples this process has, where its loss is their mean: losses are weighted accordingly. None:
+            equal weights, for shards of equal size.
+        reduction: "mean" if the loss of a process is a mean over its samples; "sum" if it is a sum, so that losses are added.
 
     Attributes:
         stats: A ``FlowStats``.
@@ -151,6 +161,9 @@ class GradientFlow(ClosureOptimizer):
         record: bool = True,
         fallback: Literal["auto", "bdf-secant", "adams-bashforth"] = "auto",
         max_evals: int = 10_000,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        shard_size: int | None = None,
+        reduction: LossReduction = "mean",
     ) -> None:
         self._method: FlowMethod = find_method(method)
         if fallback not in ("auto", *stepwise.NAMES):
@@ -160,7 +173,8 @@ class GradientFlow(ClosureOptimizer):
         self._rtol, self._atol, self._max_evals = rtol, atol, max_evals
         # The flow's own numbers stand in the groups, where state_dict and checkpoints keep them.
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize, **carried.DEFAULTS}
-        super().__init__(params, defaults, ObjectiveSettings(max_norm, dtype, engine, check, record))
+        processes = find_processes(process_group, shard_size, reduction)
+        super().__init__(params, defaults, ObjectiveSettings(max_norm, dtype, engine, check, record, processes))
         narrow = working_dtype([p for g in self.param_groups for p in g["params"]], dtype)
         *_, warning = tolerances(rtol, atol, torch.finfo(narrow).eps)
         if warning:
@@ -213,7 +227,7 @@ class GradientFlow(ClosureOptimizer):
             try:
                 return self._follow(closure, recording, active, problem, theta)
             except NoRecord as why:
-                if all(p.grad is None for p in active.tensors):
+                if self._processes.all(all(p.grad is None for p in active.tensors)):
                     self._memory.warn_once("step() had nothing to do: no parameter has a gradient. Call backward() before it.")
                     return None
                 silent = not self._announce(why)
@@ -242,25 +256,24 @@ class GradientFlow(ClosureOptimizer):
             found = problem.dress(loss, gradient, theta)
             return agree(found, (known.state.here.loss, known.state.here.gradient), active.layout, tight=True)
 
-        t = self.flow_time
-        with self._open(closure, recording, active, theta=theta, expected=is_expected) as (opened, accepted):
-            objective, start = problem.field(opened, t)
-            duration = problem.reference
-            rtol, atol, _ = tolerances(self._rtol, self._atol, objective.resolution)
-            if known is not None and opened.unchanged:
-                state, seen = replace(known.state, here=start), known.seen + 1
-            else:
-                if behind is not None:
-                    start, owed = self._go_on_from(behind, start, objective, active)
-                    duration += owed
-                    accepted.theta, t = start.theta * problem.scale, start.t
-                state, seen = Continuation(start, None if behind is not None else carried.step_size(self), None), 0
+        with self._open(closure, recording, active, theta=theta, expected=is_expected) as (opened, reached):
+            reached.t = self.flow_time
 
             def on_accept(knot: Knot) -> None:
-                nonlocal t
-                accepted.theta, t = knot.theta * problem.scale, knot.t
+                reached.theta, reached.t = knot.theta * problem.scale, knot.t
 
-            try:
+            def follow(loss: Objective) -> tuple[Piece, int]:
+                objective, start = problem.field(loss, opened, reached.t)
+                duration = problem.reference
+                rtol, atol, _ = tolerances(self._rtol, self._atol, objective.resolution)
+                if known is not None and opened.unchanged:
+                    state, seen = replace(known.state, here=start), known.seen + 1
+                else:
+                    if behind is not None:
+                        start, owed = self._go_on_from(behind, start, objective, active)
+                        duration += owed
+                        on_accept(start)
+                    state, seen = Continuation(start, None if behind is not None else carried.step_size(self), None), 0
                 piece = advance(
                     self._method,
                     objective,
@@ -272,13 +285,19 @@ class GradientFlow(ClosureOptimizer):
                     max_evals=self._max_evals,
                     on_accept=on_accept,
                 )
+                on_accept(piece.state.here)
+                # What interpolates within a step cannot be passed on to other processes, and has served its purpose.
+                return replace(piece, end=piece.end and replace(piece.end, interpolant=None)), seen
+
+            try:
+                piece, seen = self._processes.lead(opened.objective, reached, follow)
             except BaseException:
-                carried.forget(self, t)
+                if not torch.equal(reached.theta, opened.theta):
+                    carried.forget(self, reached.t)
                 raise
-            on_accept(piece.state.here)
         self._initialise_state()
         carried.write(self, active, self._method, piece.state, seen)
-        self._keep_theta(active, accepted.theta)
+        self._keep_theta(active, reached.theta)
         self._note_step(opened, piece, problem)
         return opened.loss if opened.returned is None else opened.returned
 
@@ -329,10 +348,12 @@ class GradientFlow(ClosureOptimizer):
     ) -> Tensor | None:
         """A step with the one gradient that the loop left in ``.grad``; a silent one will be made up for in full."""
         loss = None if recording is None or recording.loss is None else recording.loss.detach()
+        left = active.layout.gradient(active.tensors)
+        own = Pass(left.new_tensor(math.nan) if loss is None else loss.mean().to(left), left, ())
         behind = None if theta is None else self._behind(active)
         theta = active.layout.flatten(active.tensors) if theta is None else theta
-        found = active.layout.gradient(active.tensors)
-        _, gradient = problem.dress(found.new_zeros(()), found, theta)
+        found = self._processes.meet(lambda: own, theta, self._common_settings(None))
+        _, gradient = problem.dress(found.loss, found.gradient, theta)
         rtol, atol = self._stepwise_tolerances(active)
         cap = problem.reference
         t = self.flow_time
@@ -343,6 +364,13 @@ class GradientFlow(ClosureOptimizer):
             verdict = "begun"
         else:
             state, verdict = stepwise.advance(behind, gradient, cap=cap, rtol=rtol, atol=atol)
+        if self._processes.size > 1:  # to the last bit the same in all of them
+            for p, part in zip(active.tensors, active.layout.split_as_parameters(found.gradient), strict=True):
+                p.grad = part.clone()
+            name, packed, verdict = self._processes.share(
+                (stepwise.name_of(state), stepwise.pack(state), verdict), active.layout.device
+            )
+            state = stepwise.unpack(name, packed, rtol=rtol, atol=atol)
         self._initialise_state()
         proposal = state.proposal() * problem.scale
         active.layout.write(proposal, active.tensors)
@@ -352,7 +380,7 @@ class GradientFlow(ClosureOptimizer):
         self._memory.program = None
         message = f"One gradient per call, because {reason}: the last proposal was {verdict}, t = {state.t:.6g}."
         self._note("fallback", reason, stepwise.name_of(state), verdict, message, state.step_size)
-        self.stats.loss = math.nan if loss is None else float(loss)
+        self.stats.loss = float(found.loss)
         self.stats.grad_norm = float((gradient / problem.scale).abs().max())
         self.stats.n_accepted += verdict == "accepted"
         self.stats.n_rejected += verdict == "rejected"
@@ -450,39 +478,49 @@ class GradientFlow(ClosureOptimizer):
         theta = self._known_theta(active)
         behind = None if theta is None else self._behind(active)
         t = self.flow_time + (0.0 if behind is None else behind.proposed)
-        with self._open(closure, recording, active, theta=theta) as (opened, accepted):
-            objective, start = problem.field(opened, t)
-            run = FlowRun(
-                objective,
-                start.theta,
-                (0.0, t_end),
-                method=self._method.name,
-                rtol=self._rtol,
-                atol=self._atol,
-                t_eval=t_eval,
-                stop=stop,
-                max_evals=max_evals,
-                step_size=carried.step_size(self),
-                progress=progress,
-                start=(start.loss, start.gradient),
-                scale=problem.scale,
-            )
+        with self._open(closure, recording, active, theta=theta) as (opened, reached):
+            reached.t = t
+
+            def follow(loss: Objective) -> tuple[float, float]:
+                objective, start = problem.field(loss, opened, t)
+                run = FlowRun(
+                    objective,
+                    start.theta,
+                    (0.0, t_end),
+                    method=self._method.name,
+                    rtol=self._rtol,
+                    atol=self._atol,
+                    t_eval=t_eval,
+                    stop=stop,
+                    max_evals=max_evals,
+                    step_size=carried.step_size(self),
+                    progress=progress,
+                    start=(start.loss, start.gradient),
+                    scale=problem.scale,
+                )
+                try:
+                    run.run()
+                finally:
+                    found = run.solution()
+                    reached.result = replace(found, loss=problem.sign * found.loss)
+                    reached.theta, reached.t = run.last.theta * problem.scale, t + run.last.t
+                return problem.sign * float(run.last.loss), run.grad_norm
+
             try:
-                run.run()
+                last = self._processes.lead(opened.objective, reached, follow)
             finally:
-                found = run.solution()
-                self.solution = replace(found, loss=problem.sign * found.loss)
-                accepted.theta = run.last.theta * problem.scale
-                carried.forget(self, t + run.last.t, self.solution.step_size)
+                if reached.result is not None:
+                    self.solution = reached.result
+                    carried.forget(self, reached.t, reached.result.step_size)
         self._initialise_state()
-        self._keep_theta(active, accepted.theta)
-        solution = self.solution
+        self._keep_theta(active, reached.theta)
+        solution: FlowSolution = reached.result
         self._note_choices(solution.choices)
         self._note(opened.engine, opened.reason, self._served(), solution.status, solution.message, solution.step_size)
-        self.stats.loss, self.stats.grad_norm = problem.sign * float(run.last.loss), run.grad_norm
-        self.stats.n_accepted += self.solution.n_accepted
-        self.stats.n_rejected += self.solution.n_rejected
-        return self.solution
+        self.stats.loss, self.stats.grad_norm = last
+        self.stats.n_accepted += solution.n_accepted
+        self.stats.n_rejected += solution.n_rejected
+        return solution
 
     def _initialise_state(self) -> None:
         carried.initialise(self, self._method, self._working_dtype())
@@ -557,9 +595,8 @@ class FlowProblem:
             loss, gradient = self.penalties.add(theta, loss, gradient)
         return loss, gradient * self.scale
 
-    def field(self, opened: Opened, t: float) -> tuple[Objective, Knot]:
-        """F, and the point at the start."""
-        objective = opened.objective
+    def field(self, objective: Objective, opened: Opened, t: float) -> tuple[Objective, Knot]:
+        """F of the ``objective`` L, and the point at the start."""
         if self.penalties is not None:
             objective = Regularized(objective, self.penalties)
         if bool((self.scale != 1).any()):

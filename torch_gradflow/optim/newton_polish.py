@@ -12,7 +12,8 @@ from torch import Tensor
 from torch_gradflow.minimize.methods import find_method
 from torch_gradflow.minimize.minimize import MinimizeRun, check_memory, check_settings
 from torch_gradflow.minimize.result import MinimizeReport, MinimizeResult
-from torch_gradflow.objectives.base import ClosureError, DerivativeError
+from torch_gradflow.objectives.base import ClosureError, DerivativeError, Objective
+from torch_gradflow.objectives.distributed import LossReduction, find_processes
 from torch_gradflow.objectives.loop import NoRecord
 from torch_gradflow.objectives.opened import Engine
 from torch_gradflow.objectives.record import Recording
@@ -46,6 +47,14 @@ class NewtonPolish(ClosureOptimizer):
         certificate: Whether to classify the point, see ``certify`` for what that costs.
         escape: Whether to leave a saddle that was found, along a direction in which the loss falls, and go on.
         progress: True for a progress bar, or a function that is given a ``MinimizeReport`` per iteration.
+        process_group: The ``torch.distributed`` process group among whose processes the data are divided, usually
+            ``torch.distributed.group.WORLD``; None: all data are here. The loss is that of all data; every process has the
+            same parameters, and runs the same loop with its own data. The model may be bare, or in DistributedDataParallel
+            (which averages ``.grad`` with equal weights: in a loop without a closure shards have to be of equal size then).
+            ``.grad`` is the gradient of the whole loss after a step. Process 0 alone reports progress.
+        shard_size: How many samples this process has, where its loss is their mean: losses are weighted accordingly. None:
+            equal weights, for shards of equal size.
+        reduction: "mean" if the loss of a process is a mean over its samples; "sum" if it is a sum, so that losses are added.
 
     Attributes:
         result: The ``MinimizeResult`` of the last step, or None; ``result.certificate`` is a ``CriticalPoint``.
@@ -72,6 +81,9 @@ class NewtonPolish(ClosureOptimizer):
         certificate: bool = True,
         escape: bool = False,
         progress: bool | Callable[[MinimizeReport], Any] | None = None,
+        process_group: torch.distributed.ProcessGroup | None = None,
+        shard_size: int | None = None,
+        reduction: LossReduction = "mean",
     ) -> None:
         check_settings(method, gtol, max_iter, certificate, escape, progress)
         self._run: dict[str, Any] = {
@@ -83,7 +95,8 @@ class NewtonPolish(ClosureOptimizer):
             "progress": progress,
         }
         defaults = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults, ObjectiveSettings(max_norm, dtype, engine, check, record))
+        processes = find_processes(process_group, shard_size, reduction)
+        super().__init__(params, defaults, ObjectiveSettings(max_norm, dtype, engine, check, record, processes))
 
     def _forget(self) -> None:
         super()._forget()
@@ -122,7 +135,8 @@ class NewtonPolish(ClosureOptimizer):
                 return self._without_motion(closure)
             self._check_closure(closure)
             layout = active.layout
-            check_memory(find_method(self._run["method"]), layout.n_parameters, layout.dtype, layout.device)
+            method = find_method(self._run["method"])
+            self._processes.check(lambda: check_memory(method, layout.n_parameters, layout.dtype, layout.device))
             try:
                 return self._polish(closure, recording, active)
             except NoRecord as why:
@@ -141,29 +155,37 @@ class NewtonPolish(ClosureOptimizer):
         )
 
     def _polish(self, closure: Callable[[], Any] | None, recording: Recording | None, active: ActiveParameters) -> Tensor:
-        with self._open(closure, recording, active, theta=self._known_theta(active)) as (opened, accepted):
+        with self._open(closure, recording, active, theta=self._known_theta(active)) as (opened, reached):
             if self._memory.not_a_gradient:
                 raise DerivativeError(
                     f"the gradient in .grad is not that of the loss: {self._memory.not_a_gradient}. Either gradients are "
                     "changed after the backward pass (clipping, hooks), or there is a detached target or a straight-through "
                     "estimator: no Hessian belongs to both."
                 )
-            objective, start = opened.objective, (opened.loss, opened.gradient)
             penalties = self._penalties(active)
             sign = 1.0 if penalties is None else penalties.sign
-            if penalties is not None:
-                objective, start = Regularized(objective, penalties), penalties.add(opened.theta, *start)
-            run = MinimizeRun(objective, opened.theta, start=start, **self._run)
+
+            def polish(objective: Objective) -> Tensor:
+                start = (opened.loss, opened.gradient)
+                if penalties is not None:
+                    objective, start = Regularized(objective, penalties), penalties.add(opened.theta, *start)
+                run = MinimizeRun(objective, opened.theta, start=start, **self._run)
+                try:
+                    run.run()
+                finally:
+                    reached.theta = run.last.theta
+                    found = run.result()
+                    reached.result = replace(found, loss=sign * found.loss)
+                return sign * run.last.loss
+
             try:
-                run.run()
+                loss = self._processes.lead(opened.objective, reached, polish)
             finally:
-                accepted.theta = run.last.theta
-                found = run.result()
-                self.result = replace(found, loss=sign * found.loss)
-        self._keep_theta(active, accepted.theta)
-        if run.status == "interrupted":
-            raise KeyboardInterrupt(run.message)
-        return sign * run.last.loss
+                self.result = reached.result or self.result
+        self._keep_theta(active, reached.theta)
+        if reached.result.status == "interrupted":
+            raise KeyboardInterrupt(reached.result.message)
+        return loss
 
     def _initialise_state(self) -> None:
         """A polish carries nothing from step to step but θ in the type in which it computes."""
