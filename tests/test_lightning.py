@@ -167,7 +167,7 @@ def test_monitor_logs_what_the_optimizer_did(tmp_path: Path) -> None:
     theta, (_, x, y) = flat(model), problem()
     loss = mse(model(x), y).item() + DECAY / 2 * float(theta @ theta)
     assert columns["flow/loss_step"][-1] == pytest.approx(loss, rel=1e-6)
-    for name in ("grad_norm", "step_size", "n_grad", "n_hvp", "n_hessian", "n_accepted", "n_rejected"):
+    for name in ("grad_norm", "step_size", "order", "n_grad", "n_hvp", "n_hessian", "n_accepted", "n_rejected"):
         assert columns[f"flow/{name}"][-1] == pytest.approx(getattr(optimizer.stats, name), rel=1e-6), name
         assert getattr(optimizer.stats, name) == pytest.approx(getattr(wanted.stats, name), rel=1e-6), name
     assert list(METHODS)[int(columns["flow/method"][-1])] == optimizer.stats.method

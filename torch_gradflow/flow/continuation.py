@@ -43,7 +43,10 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Piece:
-    """What one call of ``advance`` did: the new state, how its last run ended, and what "auto" chose on the way."""
+    """What one call of ``advance`` did: the new state, how its last run ended, and what "auto" chose on the way.
+
+    ``order`` is that of its last step; 0 where it took none, or the method does not tell.
+    """
 
     state: Continuation
     status: str
@@ -51,6 +54,7 @@ class Piece:
     n_rejected: int
     end: RunEnd | None
     choices: tuple[Choice, ...] = ()
+    order: int = 0
 
 
 def advance(
@@ -85,7 +89,7 @@ def advance(
     n_accepted = n_rejected = 0
     choices: tuple[Choice, ...] = ()
     if ahead:
-        ready, step_size = state, state.step_size
+        ready, step_size, order = state, state.step_size, 0
         spent, reached = n_evaluations(objective.counts), [state.here]
 
         def reach(knot: Knot) -> None:
@@ -95,15 +99,16 @@ def advance(
         if not _covers(state, target):
             ready, end = _extend(method, objective, state, target, rtol, atol, max_evals, reach)
             step_size, n_accepted, n_rejected, choices = end.step_size, end.n_accepted, end.n_rejected, end.choices
+            order = end.order
         if _covers(ready, target):
             here = _at(method, objective, ready, target, rtol, atol)
-            return Piece(replace(ready, here=here, step_size=step_size), "t_end", n_accepted, n_rejected, None, choices)
+            return Piece(replace(ready, here=here, step_size=step_size), "t_end", n_accepted, n_rejected, None, choices, order)
         # Running ahead failed somewhere: go on, as far as this piece needs, from the last point on the way.
         max_evals -= n_evaluations(objective.counts) - spent
         state = Continuation(reached[-1], step_size, None)
         if max_evals <= 0:
             end = replace(end, status="max_evals", knot=reached[-1])
-            return Piece(state, end.status, n_accepted, n_rejected, end, choices)
+            return Piece(state, end.status, n_accepted, n_rejected, end, choices, order)
 
     def visit(arrival: Arrival) -> bool:
         on_accept(arrival.knot)
@@ -119,6 +124,7 @@ def advance(
         n_rejected + end.n_rejected,
         end,
         choices + end.choices,
+        end.order,
     )
 
 

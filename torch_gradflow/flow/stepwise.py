@@ -34,6 +34,11 @@ def name_of(state: StepwiseState) -> StepwiseMethod:
     return "adams-bashforth" if isinstance(state, AdamsState) else "bdf-secant"
 
 
+def order_of(state: StepwiseState) -> int:
+    """The order of the proposed step."""
+    return state.order if isinstance(state, AdamsState) else state.step.order
+
+
 def begin(
     name: StepwiseMethod, t: float, theta: Tensor, gradient: Tensor, *, cap: float, rtol: float, atol: float
 ) -> StepwiseState:

@@ -33,10 +33,10 @@ class FlowMonitor(FlowCallback):
     """Logs what each GradientFlow of the Trainer does, to any logger, after each step (every ``log_every_n_steps``).
 
     "flow/time" (flow time), "flow/loss" and "flow/grad_norm" (L and ‖∇L‖∞ at the accepted point in which the step ended, of
-    the regularised loss if the flow regularises), "flow/step_size", "flow/n_grad", "flow/n_hvp", "flow/n_hessian",
-    "flow/n_accepted", "flow/n_rejected" (so far), and "flow/method" (the position of the integrator's name in
-    ``torch_gradflow.flow.methods.METHODS``; what "auto" chooses, and why, goes to Python's logger of this module). Time, loss
-    and gradient norm are shown in the progress bar. "flow/loss_epoch" is the mean over the steps of an epoch: unlike what
+    the regularised loss if the flow regularises), "flow/step_size" and "flow/order", "flow/n_grad", "flow/n_hvp",
+    "flow/n_hessian", "flow/n_accepted", "flow/n_rejected" (so far), and "flow/method" (the position of the integrator's name
+    in ``torch_gradflow.flow.methods.METHODS``; what "auto" chooses, and why, goes to Python's logger of this module). Time,
+    loss and gradient norm are shown in the progress bar. "flow/loss_epoch" is the mean over the steps of an epoch: unlike what
     training_step logs with ``on_epoch=True``, it never holds losses at trial points, of which there are some where the
     closure is called again (``stats.engine`` is "closure"). With several flows the prefixes are "flow0", "flow1", ….
 
@@ -126,6 +126,7 @@ def _numbers(flow: GradientFlow) -> dict[str, float]:
     stats = flow.stats
     return {
         "step_size": stats.step_size,
+        "order": float(stats.order),
         "method": float(METHOD_NUMBERS.get(stats.method, -1)),
         "n_grad": float(stats.n_grad),
         "n_hvp": float(stats.n_hvp),

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from torch_gradflow.objectives.base import Objective
+from torch_gradflow.objectives.distributed import DistributedObjective
 from torch_gradflow.objectives.module import ModuleObjective
 from torch_gradflow.objectives.perceptron import PerceptronObjective
 from torch_gradflow.objectives.recognition import RecognisedPerceptron
@@ -90,7 +91,8 @@ def known_network(objective: Objective, given: Perceptron | RecognisedPerceptron
     """What is known of the network behind an objective; None where that is nothing.
 
     Args:
-        objective: L(θ): a ``PerceptronObjective``, a ``ModuleObjective`` that is one, or such a one rescaled or penalised.
+        objective: L(θ): a ``PerceptronObjective``, a ``ModuleObjective`` that is one, or such a one rescaled, penalised, or
+            divided among processes (whose data are then not all known).
         given: What its user knows: the network, where θ is φ, or the network with its loss and its data.
 
     Raises:
@@ -109,6 +111,9 @@ def known_network(objective: Objective, given: Perceptron | RecognisedPerceptron
     if isinstance(objective, Regularized):
         base = known_network(objective.base, None)
         return None if base is None else _penalised(base, objective.penalties)
+    if isinstance(objective, DistributedObjective):
+        base = known_network(objective.base, None)
+        return None if base is None else replace(base, loss=None, samples=None)
     if isinstance(objective, ModuleObjective):
         perceptron = objective.perceptron
         return None if perceptron is None else _described(objective, perceptron.recognised)

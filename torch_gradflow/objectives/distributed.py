@@ -332,18 +332,21 @@ class DistributedObjective(Objective):
         base: The loss of one's own data.
         processes: The processes.
         leads: Whether process 0 alone calls it, and the others wait to be told; else all call it at the same time.
+
+    Attributes:
+        base: As given.
     """
 
     def __init__(self, base: Objective, processes: SeveralProcesses, *, leads: bool = False) -> None:
         self.n_parameters, self.dtype, self.device = base.n_parameters, base.dtype, base.device
         self.resolution = base.resolution
         self.counts: EvaluationCounts = base.counts
-        self._base, self._processes, self._leads = base, processes, leads
+        self.base, self._processes, self._leads = base, processes, leads
         self._vector, self._matrix = torch.Size([base.n_parameters]), torch.Size([base.n_parameters] * 2)
 
     def kind(self) -> tuple[Any, ...]:
         """See ``Objective``."""
-        return "distributed", self._processes.size, *self._base.kind()
+        return "distributed", self._processes.size, *self.base.kind()
 
     def loss_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """L(θ) and ∇L(θ)."""
@@ -367,7 +370,7 @@ class DistributedObjective(Objective):
 
     def _total(self, name: str, shapes: Sequence[torch.Size], theta: Tensor, *vectors: Tensor) -> list[Tensor]:
         def evaluate() -> tuple[Tensor, ...]:
-            found = getattr(self._base, name)(theta, *vectors)
+            found = getattr(self.base, name)(theta, *vectors)
             return found if isinstance(found, tuple) else (found,)
 
         if self._leads:

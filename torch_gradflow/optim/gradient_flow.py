@@ -51,6 +51,7 @@ class FlowStats:
         loss: L at the end of the last step where that is known, else at its start.
         grad_norm: ‖∇L‖ in the infinity norm at the same point (of the regularised loss, if it is regularised).
         step_size: The integrator's next step size, in flow time.
+        order: That of its last step; 0 where it does not tell.
         status: "t_end" after a complete step; else why it ended before, see ``FlowSolution.status``; in the fallback what
             became of the last proposal: "begun", "refined", "accepted", "rejected", "confirmed" or "changed", see
             ``flow.bdf_secant.advance``.
@@ -73,6 +74,7 @@ class FlowStats:
     loss: float = math.nan
     grad_norm: float = math.nan
     step_size: float = 0.0
+    order: int = 0
     status: str = ""
     message: str = ""
     n_closure: int = 0
@@ -380,6 +382,7 @@ class GradientFlow(ClosureOptimizer):
         self._memory.program = None
         message = f"One gradient per call, because {reason}: the last proposal was {verdict}, t = {state.t:.6g}."
         self._note("fallback", reason, stepwise.name_of(state), verdict, message, state.step_size)
+        self.stats.order = stepwise.order_of(state)
         self.stats.loss = float(found.loss)
         self.stats.grad_norm = float((gradient / problem.scale).abs().max())
         self.stats.n_accepted += verdict == "accepted"
@@ -518,6 +521,7 @@ class GradientFlow(ClosureOptimizer):
         self._note_choices(solution.choices)
         self._note(opened.engine, opened.reason, self._served(), solution.status, solution.message, solution.step_size)
         self.stats.loss, self.stats.grad_norm = last
+        self.stats.order = 0 if solution.orders is None else int(solution.orders[-1])
         self.stats.n_accepted += solution.n_accepted
         self.stats.n_rejected += solution.n_rejected
         return solution
@@ -538,6 +542,7 @@ class GradientFlow(ClosureOptimizer):
         step_size = piece.state.step_size or 0.0
         self._note_choices(piece.choices)
         self._note(opened.engine, opened.reason, self._served(), piece.status, message, step_size)
+        self.stats.order = piece.order or self.stats.order  # a piece within the last step takes none
         self.stats.loss = problem.sign * float(here.loss)
         self.stats.grad_norm = float((here.gradient / problem.scale).abs().max())
         self.stats.n_accepted += piece.n_accepted

@@ -23,7 +23,8 @@ class Sampler(Optimizer):
         params: As for any ``torch.optim.Optimizer``: float32 or float64, dense, on one device.
         defaults: The numbers of groups that do not name their own.
         generator: Where the noise comes from; on the parameters' device. Its state is part of ``state_dict``. None: torch's
-            global generator, whose state is the caller's to keep.
+            global generator, whose state is the caller's to keep. In several processes (DistributedDataParallel) all must
+            begin with the same state, or their parameters part.
     """
 
     def __init__(self, params: Params, defaults: dict[str, Any], generator: torch.Generator | None) -> None:
