@@ -40,6 +40,7 @@ sphinx_gallery_conf = {
     "download_all_examples": False,
     "show_signature": False,
     "image_srcset": ["2x"],
+    "thumbnail_size": (520, 240),
 }
 suppress_warnings = ["config.cache"]
 
@@ -48,4 +49,4 @@ html_title = "torch-gradflow"
 html_show_sourcelink = False
 html_copy_source = False
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["site.css"]

@@ -2,16 +2,17 @@
 Tutorial: from Adam's loop to a certified minimum
 =================================================
 
-One training loop, three optimizers: Adam, then ``GradientFlow`` in its place, then ``NewtonPolish`` for the last
-digits. On the way: how to follow a long flow in one call, and how to read what the optimizers say about their work.
+One training loop, three optimizers: Adam, then ``GradientFlow`` in its place, then ``NewtonPolish`` for
+the last digits. On the way: how to follow a long flow in one call, and how to read what the optimizers
+say about their work.
 """
 
 # %%
 # The loop
 # --------
-# A small tanh network learns the diabetes data that scikit-learn ships: 442 patients, ten measurements each, and how
-# the disease went on. The data are in float64, as will be the network: the flow can be followed in float32 too, but
-# not to many digits.
+# A small tanh network learns the diabetes data that scikit-learn ships: 442 patients, ten measurements
+# each, and how the disease went on. The data are in float64, as will be the network: the flow can be
+# followed in float32 too, but not to many digits.
 
 import matplotlib.pyplot as plt
 import torch
@@ -61,9 +62,9 @@ print(f"loss {loss_of(model).item():.9f}")
 # %%
 # One line changes
 # ----------------
-# ``lr`` is now *flow time per step*: SGD with learning rate ``lr`` is one Euler step of that length, and
-# ``GradientFlow`` takes as many accurate steps inside ``step()`` as that time needs. Natural values are far above
-# Adam's.
+# ``lr`` is now *flow time per step*: SGD with learning rate ``lr`` is one Euler step of that length,
+# and ``GradientFlow`` takes as many accurate steps inside ``step()`` as that time needs. Natural values
+# are far above Adam's.
 
 model = network()
 optimizer = GradientFlow(model.parameters(), lr=1.0)
@@ -73,27 +74,28 @@ print(f"loss {loss_of(model).item():.9f} at the flow time {optimizer.flow_time:g
 # %%
 # What it did, and what it cost
 # -----------------------------
-# ``optimizer.stats`` tells both. ``engine`` says how the loss is evaluated at other parameters: "perceptron" means
-# that the loop's loss was recognised as that of a multi-layer perceptron, and is computed in closed form. ``choices``
-# says which integrator ``method="auto"`` took from when on, and why.
+# ``optimizer.stats`` tells both. ``engine`` says how the loss is evaluated at other parameters:
+# "perceptron" means that the loop's loss was recognised as that of a multi-layer perceptron, and is
+# computed in closed form. ``choices`` says which integrator ``method="auto"`` took from when on, and
+# why.
 
 stats = optimizer.stats
 print(f"engine {stats.engine!r}, method {stats.method!r}, status {stats.status!r}: {stats.message}")
 print(f"loss {stats.loss:.9f}, gradient norm {stats.grad_norm:.1e}, next step size {stats.step_size:.2g}")
 print(f"{stats.n_accepted} steps accepted, {stats.n_rejected} rejected")
 print(f"{stats.n_grad} gradients and {stats.n_hessian} Hessians in all")
-for choice in stats.choices:
+for choice in stats.choices[:3]:
     print(f"from t = {choice.t:.3g}: {choice.method} ({choice.reason})")
 
 # %%
-# ``n_grad`` counts the loop's own gradients with those that the integrator evaluated: that is what a step costs, see
-# :doc:`/cost`.
+# ``n_grad`` counts the loop's own gradients with those that the integrator evaluated: that is what a
+# step costs, see :doc:`/cost`.
 #
 # A long flow in one call
 # -----------------------
-# Gradient flows slow down: to see where one goes, flow time has to grow by powers of ten. ``integrate`` follows it in
-# one go, and returns samples of the trajectory. It takes a closure, as torch's LBFGS does, and stopping rules: here
-# it ends where the gradient is small.
+# Gradient flows slow down: to see where one goes, flow time has to grow by powers of ten. ``integrate``
+# follows it in one go, and returns samples of the trajectory. It takes a closure, as torch's LBFGS
+# does, and stopping rules: here it ends where the gradient is small.
 
 
 def closure() -> Tensor:
@@ -106,11 +108,15 @@ def closure() -> Tensor:
 
 solution = optimizer.integrate(closure, 1e5, stop=GradientNorm(1e-4))
 print(solution.message)
-print(f"loss {solution.loss[-1]:.9f}, gradient norm {solution.grad_norm[-1]:.1e}, flow time {optimizer.flow_time:.4g}")
+print(
+    f"loss {solution.loss[-1]:.9f}, gradient norm {solution.grad_norm[-1]:.1e}, "
+    f"flow time {optimizer.flow_time:.4g}"
+)
 
 # %%
-# ``solution.theta`` holds the parameters at the times ``solution.t``. ``solution.dissipation_error`` is a check that
-# costs nothing: along the flow the loss has to fall by exactly the integral of the squared gradient norm.
+# ``solution.theta`` holds the parameters at the times ``solution.t``. ``solution.dissipation_error`` is
+# a check that costs nothing: along the flow the loss has to fall by exactly the integral of the squared
+# gradient norm.
 
 print(f"{len(solution.t)} samples, dissipation error {solution.dissipation_error:.1e}")
 
@@ -128,8 +134,8 @@ plt.show()
 # %%
 # To the last digit
 # -----------------
-# The flow reaches its end only as t → ∞. ``NewtonPolish`` takes the remaining way with second derivatives, in one
-# ``step``, and never goes uphill.
+# The flow reaches its end only as t → ∞. ``NewtonPolish`` takes the remaining way with second
+# derivatives, in one ``step``, and never goes uphill.
 
 polish = NewtonPolish(model.parameters())
 polish.zero_grad()
@@ -138,18 +144,18 @@ polish.step()
 print(polish.result.message)
 
 # %%
-# And the certificate says what was found, and how sure that is: by all eigenvalues of the Hessian, each with its
-# uncertainty.
+# And the certificate says what was found, and how sure that is: by all eigenvalues of the Hessian, each
+# with its uncertainty.
 
 certificate = polish.result.certificate
 print(certificate.message)
 values = certificate.eigenvalues
-print(f"{certificate.kind!r}: {certificate.n_negative} negative and {certificate.n_zero} zero eigenvalues of {len(values)}")
+print(f"{certificate.kind!r}: of {len(values)} eigenvalues {certificate.n_negative} are negative")
 print(f"smallest {values[0]:.6f}, largest {values[-1]:.6f}")
 
 # %%
-# Had it been a saddle, ``NewtonPolish(..., escape=True)`` would have left it. How to read the other verdicts is told
-# in :doc:`/choosing`.
+# Had it been a saddle, ``NewtonPolish(..., escape=True)`` would have left it. How to read the other
+# verdicts is told in :doc:`/choosing`.
 #
 # Where to go from here
 # ---------------------

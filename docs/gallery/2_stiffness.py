@@ -2,14 +2,14 @@
 Stiffness: why the method matters
 =================================
 
-Along the flow of a network some curvatures grow and others vanish. An explicit method may then only take steps that
-the largest curvature allows, however little happens; an implicit one takes steps as long as the flow itself is
-smooth.
+Along the flow of a network some curvatures grow and others vanish. An explicit method may then only
+take steps that the largest curvature allows, however little happens; an implicit one takes steps as
+long as the flow itself is smooth.
 """
 
 # %%
-# A student with eight softplus neurons (33 parameters) learns a teacher with four from 1,000 Gaussian inputs, the
-# problem of arXiv 2301.10638.
+# A student with eight softplus neurons (33 parameters) learns a teacher with four from 1,000 Gaussian
+# inputs, the problem of arXiv 2301.10638.
 
 import matplotlib.pyplot as plt
 import torch
@@ -33,8 +33,8 @@ x = torch.randn(1000, 2, dtype=torch.float64)
 objective = ModuleObjective(student, nn.MSELoss(), (x, teacher(x).detach()))
 
 # %%
-# A function that is given as ``progress`` sees a report at each accepted point. Here it notes time and step size. The
-# explicit method only goes to t = 200.
+# A function that is given as ``progress`` sees a report at each accepted point. Here it notes time and
+# step size. The explicit method only goes to t = 200.
 
 T_END = {"dopri5": 200.0, "bdf": 1e4}
 steps: dict[str, list[tuple[float, float]]] = {"dopri5": [], "bdf": []}
@@ -45,17 +45,22 @@ for method, noted in steps.items():
         """Keep where the step to come begins, and how long it is meant to be."""
         noted.append((report.t, report.step_size))
 
-    solutions[method] = integrate(objective, objective.initial_theta(), (0.0, T_END[method]), method=method, progress=note)
+    solutions[method] = integrate(
+        objective, objective.initial_theta(), (0.0, T_END[method]), method=method, progress=note
+    )
     s = solutions[method]
-    print(f"{method:7s} {s.n_accepted:6,d} steps, {s.n_grad:7,d} gradients, {s.n_hessian:4d} Hessians, to t = {s.t[-1]:g}")
+    print(
+        f"{method:7s} {s.n_accepted:6,d} steps, {s.n_grad:7,d} gradients, {s.n_hessian:4d} Hessians, "
+        f"to t = {s.t[-1]:g}"
+    )
 
 flow = solutions["bdf"]
 spectra = torch.stack([torch.linalg.eigvalsh(objective.hessian(theta)) for theta in flow.theta])
 
 # %%
-# Left: the eigenvalues of the Hessian along the flow; only their magnitude, negative ones are red. Right: the steps
-# that the two methods took. The explicit one, dopri5, stays below its stability limit, some 3.3/λ for the largest
-# eigenvalue λ; the steps of "bdf" grow in proportion to the time.
+# Left: the eigenvalues of the Hessian along the flow; only their magnitude, negative ones are red.
+# Right: the steps that the two methods took. The explicit one, dopri5, stays below its stability limit,
+# some 3.3/λ for the largest eigenvalue λ; the steps of "bdf" grow in proportion to the time.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
 for values in spectra.T:
@@ -65,8 +70,22 @@ for values in spectra.T:
 left.set(xlabel="flow time", ylabel="|eigenvalues of the Hessian|", xlim=(1e-2, 1e4), ylim=(1e-7, None))
 for method, color, marker in (("dopri5", "#D55E00", "."), ("bdf", "#0072B2", "o")):
     t, h = torch.tensor(steps[method], dtype=torch.float64).T
-    right.loglog(t, h, marker, color=color, markersize=3, label=f"{method}, {len(t):,d} steps to t = {t[-1]:g}")
-right.loglog(flow.t[1:], 3.3 / spectra[1:, -1], color="black", linewidth=1, linestyle="--", label="stability limit of dopri5")
+    right.loglog(
+        t,
+        h,
+        marker,
+        color=color,
+        markersize=3,
+        label=f"{method}, {len(t):,d} steps to t = {T_END[method]:g}",
+    )
+right.loglog(
+    flow.t[1:],
+    3.3 / spectra[1:, -1],
+    color="black",
+    linewidth=1,
+    linestyle="--",
+    label="stability limit of dopri5",
+)
 right.set(xlabel="flow time", ylabel="step size", xlim=(1e-2, 1e4), ylim=(1e-3, None))
 for axis in (left, right):
     axis.grid(alpha=0.3)

@@ -2,13 +2,13 @@
 Newton's end, and what it is
 ============================
 
-The flow comes close to a critical point, Newton's method takes it there to the last digit, and the certificate says
-what kind of point it is.
+The flow comes close to a critical point, Newton's method takes it there to the last digit, and the
+certificate says what kind of point it is.
 """
 
 # %%
-# A student with two softplus neurons cannot learn a teacher with four: zero loss is out of reach, and its minimum is
-# a regular one.
+# A student with two softplus neurons cannot learn a teacher with four: zero loss is out of reach, and
+# its minimum is a regular one.
 
 import matplotlib.pyplot as plt
 import torch
@@ -35,8 +35,8 @@ flow = integrate(two, two.initial_theta(), (0.0, 1e3), method="bdf")
 print(f"flow:   loss {flow.loss[-1]:.12f}, |gradient| {flow.grad_norm[-1]:.1e}")
 
 # %%
-# ``minimize`` goes on from there; what is given as ``progress`` sees each iteration. The certificate knows all
-# eigenvalues of the Hessian and how well it knows them.
+# ``minimize`` goes on from there; what is given as ``progress`` sees each iteration. The certificate
+# knows all eigenvalues of the Hessian and how well it knows them.
 
 norms = [float(flow.grad_norm[-1])]
 minimum = minimize(two, flow.theta[-1], progress=lambda report: norms.append(report.grad_norm))
@@ -44,13 +44,13 @@ print(f"polish: loss {minimum.loss:.12f}, |gradient| {minimum.grad_norm:.1e}")
 print(minimum.certificate.message)
 
 # %%
-# Now a saddle. One of the two neurons is split in two, which have the same input weights and share the output weight:
-# a network with three neurons that computes the same function. Its gradient is zero, too, but the third neuron opens
-# new directions.
+# Now a saddle. One of the two neurons is split in two, which have the same input weights and share the
+# output weight: a network with three neurons that computes the same function. Its gradient is zero,
+# too, but the third neuron opens new directions.
 
 
 def split(theta: Tensor, share: float) -> Tensor:
-    """The parameters of three neurons: the last two have the second one's input weights, and its output weight in shares."""
+    """Three neurons: the last two have the second one's input weights, and share its output weight."""
     weights, biases, outputs, offset = theta.split([4, 2, 2, 1])
     shares = torch.stack([outputs[0], share * outputs[1], (1 - share) * outputs[1]])
     return torch.cat([weights, weights[2:], biases, biases[1:], shares, offset])
@@ -61,21 +61,27 @@ saddle = certify(three, theta)
 print(saddle.message)
 
 # %%
-# ``leave_saddle`` goes down along the direction that the certificate found, and another polish ends lower.
-# (``escape=True`` in ``minimize`` and ``NewtonPolish`` does both.)
+# ``leave_saddle`` goes down along the direction that the certificate found, and another polish ends
+# lower. (``escape=True`` in ``minimize`` and ``NewtonPolish`` does both.)
 
 lower = minimize(three, leave_saddle(three, theta, saddle))
 print(f"From the saddle at the loss {minimum.loss:.8f} to {lower.loss:.8f}.")
 print(lower.certificate.message)
 
 # %%
-# Left: the gradient norm in each iteration, with the quadratic convergence of Newton's method at the end. Right: the
-# eigenvalues of the Hessian at the three points; below zero in red. The saddle has one negative and one zero
-# eigenvalue: that one belongs to the share, which does not change the function.
+# Left: the gradient norm in each iteration, with the quadratic convergence of Newton's method at the
+# end. Right: the eigenvalues of the Hessian at the three points; below zero in red. The saddle has one
+# negative and one zero eigenvalue: that one belongs to the share, which does not change the function.
 
 figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), layout="constrained")
 left.semilogy(norms, marker="o", color="#0072B2")
-left.axhline(minimum.certificate.gradient_floor, color="black", linewidth=1, linestyle=":", label="rounding of θ alone")
+left.axhline(
+    minimum.certificate.gradient_floor,
+    color="black",
+    linewidth=1,
+    linestyle=":",
+    label="rounding of θ alone",
+)
 left.set(xlabel="iteration of Newton's method", ylabel="‖∇L‖∞")
 left.grid(alpha=0.3)
 left.legend()
@@ -88,7 +94,12 @@ for place, point in enumerate(shown.values()):
     negative = point.eigenvalues < -point.uncertainties
     for chosen, color in ((~negative, "#0072B2"), (negative, "#D55E00")):
         right.plot(
-            [place] * int(chosen.sum()), point.eigenvalues[chosen], "_", color=color, markersize=44, markeredgewidth=1.5
+            [place] * int(chosen.sum()),
+            point.eigenvalues[chosen],
+            "_",
+            color=color,
+            markersize=44,
+            markeredgewidth=1.5,
         )
 right.axhline(0.0, color="black", linewidth=0.8, linestyle=":")
 right.set_yscale("symlog", linthresh=1e-4)

@@ -58,7 +58,7 @@ class Perceptron:
 
     @property
     def n_layers(self) -> int:
-        """L."""
+        """L, the number of layers."""
         return len(self.sizes) - 1
 
     @property
