@@ -15,6 +15,7 @@ from torch_gradflow.objectives.full_batch import FullBatch
 from torch_gradflow.objectives.module import ModuleObjective, gradient, hessian, hessian_spectrum, hvp
 from torch_gradflow.objectives.opened import GradientFlowWarning
 from torch_gradflow.objectives.perceptron import Merging, PerceptronObjective
+from torch_gradflow.objectives.processes import ProcessError
 from torch_gradflow.optim.gradient_flow import GradientFlow
 from torch_gradflow.optim.langevin.annealing import TemperatureScheduler
 from torch_gradflow.optim.langevin.hmc import HMC
@@ -63,6 +64,7 @@ __all__ = [
     "PartitionedLangevin",
     "Perceptron",
     "PerceptronObjective",
+    "ProcessError",
     "Proof",
     "Samples",
     "TemperatureScheduler",

@@ -81,7 +81,7 @@ def integrate(
     """Follow dθ/dt = −∇L(θ) from θ(t₀) = ``theta0`` to t₁, in the manner of ``scipy.integrate.solve_ivp``.
 
     Args:
-        objective: L.
+        objective: L(θ).
         theta0: θ(t₀), shape ``(P,)``, in the objective's dtype and on its device.
         t_span: (t₀, t₁); t₁ may be ``inf`` if a stopping rule ends the flow.
         method: "auto" or the name of an integrator.

@@ -122,7 +122,7 @@ def certify(
     rounding; that there is none can only be likely, and "minimum" is said where its probability is at least 0.999.
 
     Args:
-        objective: L.
+        objective: L(θ).
         theta: The point, shape ``(P,)``.
         gtol: Gradients up to this, in the infinity norm, count as zero.
         rigorous: Whether to prove in ball arithmetic that there is exactly one critical point near θ, and that it is a

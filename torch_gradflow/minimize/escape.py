@@ -18,7 +18,7 @@ def leave_saddle(objective: Objective, theta: Tensor, point: CriticalPoint) -> T
     Of the two signs the one with the lower loss is taken, and the step is doubled as long as the loss keeps falling.
 
     Args:
-        objective: L.
+        objective: L(θ).
         theta: The saddle, shape ``(P,)``.
         point: What ``certify`` says of it.
 

@@ -41,7 +41,7 @@ class Objective(ABC):
     from any graph, and counts itself in ``counts``.
 
     Attributes:
-        n_parameters: P.
+        n_parameters: P, the length of θ.
         dtype: The floating type in which θ travels and derivatives come back.
         device: Where θ lives.
         resolution: The rounding unit of losses and gradients: that of the narrowest type in which they are computed.

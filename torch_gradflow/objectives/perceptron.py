@@ -118,8 +118,8 @@ class PerceptronObjective(Objective):
         """This objective, with loss and gradient computed to 31 digits and then rounded.
 
         So each element of the gradient at θ is known to half an ulp, where float64 leaves an error of about
-        ε Σ_n w_n |f_n| |∂f_n|; penalties are added in float64. (As θ itself is rounded to float64, no θ may have a gradient
-        much below ε ‖H‖ ‖θ‖; this tells how large it really is.) It takes 8 to 25 times as long. Counts are shared.
+        ``ε Σ_n w_n |f_n| |∂f_n|``; penalties are added in float64. (As θ itself is rounded to float64, no θ may have a
+        gradient much below ε ‖H‖ ‖θ‖; this tells how large it really is.) It takes 8 to 25 times as long. Counts are shared.
 
         Raises:
             NotImplementedError: Where that is not offered: other losses than the squared error, activations without

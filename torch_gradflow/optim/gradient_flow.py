@@ -211,7 +211,7 @@ class GradientFlow(ClosureOptimizer):
                 whose forward pass since ``zero_grad()`` was recorded.
 
         Returns:
-            What the closure returned, or the recorded loss: the loss at the start of the step (None where it is not known).
+            What the closure returned, or the recorded loss, that at the start of the step (None where it is not known).
             ``.grad`` is the gradient there. With all ``lr`` zero nothing moves.
 
         Raises:
@@ -445,7 +445,7 @@ class GradientFlow(ClosureOptimizer):
             the parameters were set to the last accepted point and the solution so far was kept in ``self.solution``.
 
         Raises:
-            As ``step``; and ValueError where all lrs are zero.
+            ValueError: Where all lrs are zero; and as ``step``.
         """
         active = self._active()
         if active is None:

@@ -58,7 +58,7 @@ class Perceptron:
 
     @property
     def n_layers(self) -> int:
-        """L."""
+        """L, the number of layers."""
         return len(self.sizes) - 1
 
     @property
@@ -83,7 +83,7 @@ class Loss:
 
     "squared error": Σ_o (f_o − t_o)²; "cross entropy": −Σ_c t_c f_c + (Σ_c t_c) log Σ_c exp f_c, for t ≥ 0 that need not sum
     to 1; "binary cross entropy": Σ_o a_o log(1 + exp −f_o) + b_o log(1 + exp f_o), whose targets are the a_o followed by the
-    b_o; "huber": Σ_o r²/2 for |r| ≤ δ, else δ (|r| − δ/2), with r = f_o − t_o.
+    b_o; "huber": Σ_o r²/2 for ``|r| ≤ δ``, else ``δ (|r| − δ/2)``, with r = f_o − t_o.
 
     Attributes:
         name: Which.

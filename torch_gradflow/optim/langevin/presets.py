@@ -150,7 +150,7 @@ class LOL(PartitionedLangevin):
 class SGLD(PartitionedLangevin):
     """Stochastic gradient Langevin dynamics: θ −= h∇L − √(2τh) R for all parameters.
 
-    M. Welling, Y. W. Teh (2011), Bayesian learning via stochastic gradient Langevin dynamics, ICML.
+    Source: M. Welling, Y. W. Teh (2011), Bayesian learning via stochastic gradient Langevin dynamics, ICML.
 
     Args:
         params: As for ``PartitionedLangevin``.
