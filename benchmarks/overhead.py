@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torchdiffeq
+from _environment import environment
 from torch import Tensor, nn
 
 from torch_gradflow import GradientFlow, NewtonPolish
@@ -188,16 +188,9 @@ def main() -> None:
     for name, network in RECORDED.items():
         results[f"recording, {name}"] = recording(network, 5 * arguments.rounds)
         show(f"recording, {name}", results[f"recording, {name}"])
-    environment = {
-        "torch": torch.__version__,
-        "torchdiffeq": torchdiffeq.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "threads": arguments.threads,
-        "rounds": arguments.rounds,
-    }
+    around = environment(("torch-gradflow", "torch", "torchdiffeq"), arguments.threads, rounds=arguments.rounds)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"environment": environment, "results": results}, indent=2) + "\n")
+    RESULTS.write_text(json.dumps({"environment": around, "results": results}, indent=2) + "\n")
     print(f"\nKept in {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS}")
 
 
