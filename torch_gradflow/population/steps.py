@@ -1,0 +1,181 @@
+"""Expectations of steps, ramps and their derivatives: what the pair functions of ReLU, erf and the normal cdf are made of.
+
+For the step Θ, with Θ⁽⁻¹⁾(y) = max(y, 0), Θ⁽¹⁾ = δ, Θ⁽²⁾ = δ′, … and jointly normal y₁, y₂,
+
+    S_kl = E[Θ⁽ᵏ⁾(y₁) Θ⁽ˡ⁾(y₂)].
+
+S_00 is the probability of a quadrant, S_11 the density at the origin; the others follow from y Θ⁽ᵏ⁺¹⁾(y) = −k Θ⁽ᵏ⁾(y) and
+integration by parts (Stein's lemma), E[y₁ G] = b E[G] + p E[∂₁G] + q E[∂₂G].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from torch_gradflow.population.hermite import hermite_values
+from torch_gradflow.population.normal import ROOT_2_PI, density, distribution, orthant
+
+
+def single(k: int, p: Tensor, b: Tensor | None) -> Tensor:
+    """E[Θ⁽ᵏ⁾(y)] for y ~ N(b, p) and k = −1, …, 4; b is None for 0."""
+    root = p.sqrt()
+    h = torch.zeros_like(p) if b is None else b / root
+    if k == 0:
+        return distribution(h)
+    first = density(h) / root
+    if k == 1:
+        return first
+    if k == -1:
+        return root * (h * distribution(h) + density(h))
+    second = -h / root * first
+    if k == 2:
+        return second
+    third = -(first + h * root * second) / p
+    return third if k == 3 else -(2 * second + h * root * third) / p
+
+
+def coefficients(k: int, p: Tensor, b: Tensor | None, n_terms: int) -> Tensor:
+    """E[Θ⁽ᵏ⁾(y) h_m(x)] for y = b + √p x, Hermite polynomials h_m and m < n_terms; shape ``(n, n_terms)``.
+
+    Those of δ are the density times h_m where y = 0; from one derivative to the next it is
+    √p E[Θ⁽ᵏ⁺¹⁾ h_m] = √(m + 1) E[Θ⁽ᵏ⁾ h_{m+1}].
+
+    Args:
+        k: From −1 to 4.
+        p: Variances, shape ``(n,)``.
+        b: Means, shape ``(n,)``, or None.
+        n_terms: How many.
+    """
+    root = p.sqrt()
+    x = torch.zeros_like(p) if b is None else -b / root
+    found = hermite_values(x, n_terms + max(k - 1, 0)) * (torch.exp(-0.25 * x * x) / (ROOT_2_PI * root))[:, None]
+    roots = torch.arange(1, found.shape[1] + 1, dtype=p.dtype, device=p.device).sqrt()
+    for order in range(0, k - 1 if k < 1 else 0, -1):
+        found = torch.cat([single(order, p, b)[:, None], root[:, None] * found[:, :-1] / roots[:-1]], 1)
+    for _ in range(1, k):
+        found = found[:, 1:] * roots[: found.shape[1] - 1] / root[:, None]
+    return found
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Of pairs (y₁, y₂); all shapes broadcast.
+
+    Attributes:
+        p: The variance of y₁.
+        r: That of y₂.
+        q: Their covariance.
+        root: √(p r − q²).
+        b: The mean of y₁; None where both means are zero.
+        c: That of y₂.
+    """
+
+    p: Tensor
+    r: Tensor
+    q: Tensor
+    root: Tensor
+    b: Tensor | None
+    c: Tensor | None
+
+    def moment(self, k: int, l: int) -> Tensor:  # noqa: E741  # as in the formulas
+        """S_kl for l ≤ k with −1 ≤ l ≤ 2, k + l ≤ 4."""
+        return self._formulas[k, l]()
+
+    @property
+    def _formulas(self) -> dict[tuple[int, int], Callable[[], Tensor]]:
+        return {
+            (-1, -1): lambda: self._times_b(self._s0r) + self.p * self._s1r + self.q * self._s00,
+            (0, -1): lambda: self._s0r,
+            (1, -1): lambda: self._s1r,
+            (2, -1): lambda: self._s2r,
+            (3, -1): lambda: -(self._s1r + self._times_b(self._s2r) + self.q * self._s20) / self.p,
+            (0, 0): lambda: self._s00,
+            (1, 0): lambda: self._s10,
+            (2, 0): lambda: self._s20,
+            (3, 0): lambda: self._s30,
+            (4, 0): lambda: -(2 * self._s20 + self._times_b(self._s30) + self.q * self._s31) / self.p,
+            (1, 1): lambda: self._s11,
+            (2, 1): lambda: self._s21,
+            (2, 2): lambda: (self._slopes[0] * self._slopes[1] + self.q / self._gap) * self._s11,
+            (3, 1): lambda: self._s31,
+        }
+
+    def _times_b(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(value) if self.b is None else self.b * value
+
+    def _times_c(self, value: Tensor) -> Tensor:
+        return torch.zeros_like(value) if self.c is None else self.c * value
+
+    @cached_property
+    def _gap(self) -> Tensor:
+        """p r − q²; where y₁ and y₂ are one but for rounding, what is divided by it has no digits left."""
+        return (self.root * self.root).clamp(min=1e-32 * self.p * self.r)
+
+    @cached_property
+    def _given_zero(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The mean of y₂ where y₁ = 0, its standard deviation there, and the ratio of the two."""
+        deviation = (self._gap / self.p).sqrt()
+        if self.b is None or self.c is None:
+            zero = torch.zeros_like(deviation)
+            return zero, deviation, zero
+        mean = self.c - self.q / self.p * self.b
+        return mean, deviation, mean / deviation
+
+    @cached_property
+    def _slopes(self) -> tuple[Tensor, Tensor]:
+        """Minus the logarithmic derivatives of the density at the origin by b and c."""
+        if self.b is None or self.c is None:
+            zero = torch.zeros_like(self._gap)
+            return zero, zero
+        return (self.r * self.b - self.q * self.c) / self._gap, (self.p * self.c - self.q * self.b) / self._gap
+
+    @cached_property
+    def _s00(self) -> Tensor:
+        scale = (self.p * self.r).sqrt()
+        h, k = (None, None) if self.b is None or self.c is None else (self.b / self.p.sqrt(), self.c / self.r.sqrt())
+        return orthant(h, k, self.q / scale, self.root / scale)
+
+    @cached_property
+    def _s10(self) -> Tensor:
+        return single(1, self.p, self.b) * distribution(self._given_zero[2])
+
+    @cached_property
+    def _s11(self) -> Tensor:
+        _, deviation, ratio = self._given_zero
+        return single(1, self.p, self.b) * torch.exp(-0.5 * ratio * ratio) / (ROOT_2_PI * deviation)
+
+    @cached_property
+    def _s20(self) -> Tensor:
+        return -(self._times_b(self._s10) + self.q * self._s11) / self.p
+
+    @cached_property
+    def _s21(self) -> Tensor:
+        return -self._slopes[0] * self._s11
+
+    @cached_property
+    def _s30(self) -> Tensor:
+        return -(self._s10 + self._times_b(self._s20) + self.q * self._s21) / self.p
+
+    @cached_property
+    def _s31(self) -> Tensor:
+        return (self._slopes[0] ** 2 - self.r / self._gap) * self._s11
+
+    @cached_property
+    def _s0r(self) -> Tensor:
+        swapped = Steps(self.r, self.p, self.q, self.root, self.c, self.b)
+        return self._times_c(self._s00) + self.r * swapped._s10 + self.q * self._s10
+
+    @cached_property
+    def _s1r(self) -> Tensor:
+        mean, deviation, ratio = self._given_zero
+        ramp = mean * distribution(ratio) + deviation * density(ratio)
+        return single(1, self.p, self.b) * ramp
+
+    @cached_property
+    def _s2r(self) -> Tensor:
+        return -(self._times_b(self._s1r) + self.q * self._s10) / self.p
