@@ -14,6 +14,7 @@ from torch_gradflow.objectives.base import ClosureError, DerivativeError, Object
 from torch_gradflow.objectives.module import ModuleObjective, gradient, hessian, hessian_spectrum, hvp
 from torch_gradflow.objectives.opened import GradientFlowWarning
 from torch_gradflow.objectives.perceptron import Merging, PerceptronObjective
+from torch_gradflow.objectives.population import PopulationObjective
 from torch_gradflow.optim.gradient_flow import GradientFlow
 from torch_gradflow.optim.langevin.annealing import TemperatureScheduler
 from torch_gradflow.optim.langevin.hmc import HMC
@@ -25,6 +26,7 @@ from torch_gradflow.optim.newton_polish import NewtonPolish
 from torch_gradflow.optimizer_comparison import Comparison, compare
 from torch_gradflow.perceptron.activations import Activation, register_activation
 from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
+from torch_gradflow.population.hermite import gauss_hermite_data, hermite_coefficients
 
 __all__ = [
     "HMC",
@@ -61,6 +63,7 @@ __all__ = [
     "PartitionedLangevin",
     "Perceptron",
     "PerceptronObjective",
+    "PopulationObjective",
     "Proof",
     "Samples",
     "TemperatureScheduler",
@@ -68,7 +71,9 @@ __all__ = [
     "WallTime",
     "certify",
     "compare",
+    "gauss_hermite_data",
     "gradient",
+    "hermite_coefficients",
     "hessian",
     "hessian_spectrum",
     "hvp",

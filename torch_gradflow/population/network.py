@@ -1,6 +1,6 @@
 """The population loss of networks with one hidden layer under standard normal input: value and derivatives in closed form.
 
-With neurons z_i = u_i·x + b_i, x ~ N(0, I), the student f = Σ_i a_i g_i(z_i) + c and the teacher f* likewise, every loss here is
+With neurons z_i = u_i·x + b_i, x ~ N(0, I), the student f = Σ_i a_i g_i(z_i) + c and a teacher f* likewise, the losses are
 
     L = L₀ + Σ_i a_i Σ_j α_j E[g_i(z_i) f_j(z_j)] + (terms of the constants c),
 

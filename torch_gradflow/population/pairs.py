@@ -1,12 +1,12 @@
 """The expectations E[g⁽ᵏ⁾(z₁) f⁽ˡ⁾(z₂)] of all pairs of two sets of neurons, from which loss and derivatives are made.
 
-Two pre-activations are jointly normal, so that these are functions of two variances, a covariance and two means; by integration
-by parts each derivative by one of those is another such expectation (Price 1958): ∂/∂q E[g f] = E[g′ f′], ∂/∂p E[g f] =
-½ E[g″ f], ∂/∂b E[g f] = E[g′ f].
+Two pre-activations are jointly normal, so that these are functions of two variances, a covariance and two means. By
+integration by parts each derivative by one of those is another such expectation (Price 1958): ∂/∂q E[g f] = E[g′ f′],
+∂/∂p E[g f] = ½ E[g″ f], ∂/∂b E[g f] = E[g′ f].
 
-They come in closed form where both activations are of the erf family, both ReLU, or both polynomials; otherwise from the series
-of Hermite coefficients E[g f] = Σ_m ρᵐ E[g h_m] E[f h_m] (Mehler 1866), whose terms are products of what each neuron has alone:
-the two-dimensional quadrature falls apart into one for each neuron.
+They come in closed form where both activations are of the erf family, both ReLU, or both polynomials; otherwise from the
+series E[g f] = Σ_m ρᵐ E[g h_m] E[f h_m] (Mehler 1866), whose terms are products of what each neuron has alone: the
+two-dimensional quadrature falls apart into one for each neuron.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _ACCEPTABLE = 1e-10
 
 
 def pair_moments(first: Neurons, second: Neurons, orders: Sequence[Order]) -> dict[Order, Tensor]:
-    """E[g⁽ᵏ⁾(z_i) f⁽ˡ⁾(z_j)] for each neuron i of ``first`` and j of ``second``, by order (k, l) with k ≥ l; shapes ``(n, m)``.
+    """E[g⁽ᵏ⁾(z_i) f⁽ˡ⁾(z_j)] for all neurons i of ``first`` and j of ``second``, shape ``(n, m)``, by order (k, l), k ≥ l.
 
     Where both are the same object, what stands on the diagonal means nothing.
     """
@@ -95,8 +95,8 @@ def _of_series(first: Neurons, second: Neurons, orders: Sequence[Order]) -> dict
         n_terms *= 2
     if left > _ACCEPTABLE:
         warnings.warn(
-            f"two neurons are so nearly parallel, and their weights so large (norms up to {_largest(first, second):.3g}), that "
-            f"{n_terms} terms leave a relative error of about {left:.1e} in the population loss's derivatives.",
+            f"two neurons are so nearly parallel, and their weights so large (norms up to {_largest(first, second):.3g}), "
+            f"that {n_terms} terms leave a relative error of about {left:.1e} in the population loss's derivatives.",
             RuntimeWarning,
             stacklevel=2,
         )
