@@ -118,9 +118,7 @@ class PopulationObjective(Objective):
         """L(θ), ∇L(θ) and H(θ) for the price of H(θ); counted as one Hessian."""
         self.counts.n_hessian += 1
         loss, gradient, hessian = self._loss.loss_gradient_hessian(self._white(theta))
-        hessian = self._pull_back(self._pull_back(hessian).T)
-        if self._whitening.changes:  # rounded differently on both sides
-            hessian = 0.5 * (hessian + hessian.T)
+        hessian = self._selection.pull_back_matrix(self._whitening.pull_back_matrix(self.layer, hessian))
         return loss.to(self.dtype), self._pull_back(gradient).to(self.dtype), hessian.to(self.dtype)
 
     def _white(self, theta: Tensor) -> Tensor:

@@ -48,6 +48,13 @@ class Whitening:
             b = shift if b is None else b + shift
         return Parts(u, b, parts.a, parts.c).joined(self.layer(layer))
 
+    def pull_back_matrix(self, layer: HiddenLayer, hessian: Tensor) -> Tensor:
+        """A Hessian for standard normal input as that of the parameters of ``layer``."""
+        if not self.changes:
+            return hessian
+        hessian = self.pull_back(layer, self.pull_back(layer, hessian).T)
+        return 0.5 * (hessian + hessian.T)  # both sides were rounded differently
+
     def pull_back(self, layer: HiddenLayer, rows: Tensor) -> Tensor:
         """The transpose of ``to_white``."""
         if not self.changes:
@@ -90,6 +97,15 @@ class Selection:
         spread = rows.new_zeros(self._size, *rows.shape[1:])
         spread[self._places] = rows
         return spread
+
+    def pull_back_matrix(self, hessian: Tensor) -> Tensor:
+        """A Hessian of φ as that of θ; may write to it."""
+        if self._places is not None:
+            hessian = hessian[self._places][:, self._places]
+        if self._scale is not None:
+            for row, scale in zip(hessian.split(256), self._scale.split(256), strict=True):
+                row.mul_(scale[:, None] * self._scale)
+        return hessian
 
     def pull_back(self, rows: Tensor) -> Tensor:
         """The transpose of ``push``."""

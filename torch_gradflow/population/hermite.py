@@ -68,8 +68,10 @@ def gauss_hermite_data(n_inputs: int, n: int) -> tuple[Tensor, Tensor]:
     check_count("n", n)
     if n_inputs not in (1, 2, 3):
         raise ValueError(f"n_inputs must be 1, 2 or 3, not {n_inputs!r}: a grid of more has too many nodes; sample instead.")
-    nodes, weights = np.polynomial.hermite_e.hermegauss(n)
-    axis, weight = torch.from_numpy(nodes), torch.from_numpy(weights / weights.sum())
+    # Golub and Welsch (1969) for the nodes; the weights are Christoffel's numbers 1/Σ_m h_m(x)², which cannot overflow here.
+    off = torch.arange(1, n, dtype=torch.float64).sqrt()
+    axis = torch.linalg.eigvalsh(torch.diag(off, 1) + torch.diag(off, -1))
+    weight = torch.exp(-0.5 * axis * axis) / (hermite_values(axis, n) ** 2).sum(1)
     x = torch.cartesian_prod(*[axis] * n_inputs).reshape(-1, n_inputs)
     w = torch.cartesian_prod(*[weight] * n_inputs).reshape(-1, n_inputs).prod(1)
     kept = w > 1e-300

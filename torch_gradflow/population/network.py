@@ -201,7 +201,7 @@ class PopulationLoss:
         neuron = torch.arange(r, device=u.device)
         block = hessian[:weights, :weights].unflatten(0, (r, d)).unflatten(2, (r, d))
         if self._squared:
-            self._mixed_blocks(pairs, block)
+            self._mixed_blocks(pairs, hessian)
         outer = (factor * a)[:, None]
         crossed = outer * ((tables[3, 1] * pairs.alpha) @ pairs.v)
         own = u[:, :, None] * crossed[:, None, :]
@@ -231,7 +231,8 @@ class PopulationLoss:
                 hessian[weights:end, -1] = factor * a * tables[1, 0][:, -1]
             hessian[end : end + r, -1] = factor * tables[0, 0][:, -1]
             hessian[-1, -1] = factor
-        return _mirrored(hessian)
+        _mirror(hessian, max(d, 64))
+        return hessian
 
     def _mixed(self, a: Tensor, first: Tensor, second: Tensor, u: Tensor) -> Tensor:
         """κ a_i (first_ij u_i + second_ij u_j) over the student's neurons, shape ``(r, d, r)``."""
@@ -239,17 +240,19 @@ class PopulationLoss:
         both = first[:, None, :r] * u[:, :, None] + second[:, None, :r] * u.T
         return (self._factor * a)[:, None, None] * both
 
-    def _mixed_blocks(self, pairs: _Pairs, block: Tensor) -> None:
-        """∂²/∂u_i ∂u_j of the pairs of different neurons, into ``block`` of shape ``(r, d, r, d)``."""
-        u, r = pairs.student.u, len(pairs.student.a)
+    def _mixed_blocks(self, pairs: _Pairs, hessian: Tensor) -> None:
+        """∂²/∂u_i ∂u_j of different neurons, into the rows and columns of the input weights above the diagonal blocks."""
+        u, (r, d) = pairs.student.u, pairs.student.u.shape
         scale = self._factor * torch.outer(pairs.student.a, pairs.student.a)
         straight, both, first = (scale * pairs.tables[order][:, :r] for order in ((1, 1), (2, 2), (3, 1)))
         second = scale * pairs.swapped((3, 1))
         of_u = first[:, :, None] * u[:, None, :] + both[:, :, None] * u
         of_v = both[:, :, None] * u[:, None, :] + second[:, :, None] * u
-        torch.mul(u[:, :, None, None], of_u[:, None], out=block)
-        block.addcmul_(u.T[None, :, :, None], of_v[:, None])
-        block.diagonal(dim1=1, dim2=3).add_(straight[:, :, None])
+        for i in range(r - 1):  # row by row: the matrix is larger than what a processor keeps at hand
+            rows = hessian[i * d : (i + 1) * d, (i + 1) * d : r * d].unflatten(1, (-1, d))
+            torch.mul(u[i, :, None, None], of_u[i, i + 1 :], out=rows)
+            rows.addcmul_(u[i + 1 :].T[:, :, None], of_v[i, i + 1 :])
+            rows.diagonal(dim1=0, dim2=2).add_(straight[i, i + 1 :, None])
 
     def _products(self, pairs: _Pairs, moved: Parts) -> Tensor:
         parts, tables, factor = pairs.student, pairs.tables, self._factor
@@ -323,7 +326,10 @@ def _table(rows: Sequence[Neurons], columns: Sequence[Neurons], n_own: int, orde
     return {order: torch.cat(tables) for order, tables in found.items()}
 
 
-def _mirrored(hessian: Tensor) -> Tensor:
-    """The symmetric matrix with that upper triangle."""
-    upper = hessian.triu_()
-    return upper + upper.triu(1).T
+def _mirror(hessian: Tensor, block: int) -> None:
+    """Copy what lies above the diagonal, in blocks of so many rows, to below it."""
+    for begin in range(0, len(hessian), block):
+        end = min(begin + block, len(hessian))
+        hessian[end:, begin:end] = hessian[begin:end, end:].T
+        corner = hessian[begin:end, begin:end]
+        corner.copy_(torch.triu(corner) + torch.triu(corner, 1).T)

@@ -22,6 +22,7 @@ from torch_gradflow.population.steps import Steps
 _LEAST_SQUARE = 1e-60
 # Quadrature nodes: doubled until every second one would do, to this relative accuracy, as far as that many.
 _FIRST_NODES, _MOST_NODES, _ENOUGH = 129, 4097, 1e-14
+_LEAST_TERMS = 64
 
 
 class Neurons(ABC):
@@ -71,24 +72,28 @@ class Smooth(Neurons):
     def __init__(self, activation: Activation, u: Tensor, b: Tensor | None) -> None:
         super().__init__(u, b)
         self.activation = activation
-        self._n_nodes = _FIRST_NODES
+        self._n_nodes, self._n_terms = _FIRST_NODES, 0
         self._values: dict[int, Tensor] = {}
+        self._coefficients: dict[tuple[int, int], Tensor] = {}
 
     def mean(self, k: int) -> Tensor:
         """See ``Neurons``."""
-        return self.coefficients(k, 1)[:, 0]
+        return self.coefficients(k, _LEAST_TERMS)[:, 0]
 
     def mean_of_square(self, k: int) -> Tensor:
         """See ``Neurons``."""
-        self._resolve(4, 64)
+        self._resolve(_LEAST_TERMS)
         weights = projection(self._n_nodes, 1)[1].to(self.u.device)
         values = _leibniz(k, lambda i, j: self._at_nodes(i) * self._at_nodes(j))
         return (values @ weights)[:, 0]
 
     def coefficients(self, k: int, n_terms: int) -> Tensor:
         """See ``Neurons``."""
-        self._resolve(4, max(n_terms, 64))
-        return self._at_nodes(k) @ projection(self._n_nodes, n_terms)[1].to(self.u.device)
+        self._resolve(n_terms)
+        if (k, n_terms) not in self._coefficients:
+            matrix = projection(self._n_nodes, n_terms)[1].to(self.u.device)
+            self._coefficients[k, n_terms] = self._at_nodes(k) @ matrix
+        return self._coefficients[k, n_terms]
 
     def _at_nodes(self, k: int) -> Tensor:
         """g⁽ᵏ⁾ at the nodes, shape ``(n, nodes)``."""
@@ -98,16 +103,17 @@ class Smooth(Neurons):
             self._values[k] = derivative(self.activation, k, z if self.b is None else z + self.b[:, None])
         return self._values[k]
 
-    def _resolve(self, k: int, n_terms: int) -> None:
-        """Take so many nodes that half of them give the same coefficients."""
-        while self._n_nodes < _MOST_NODES and not self._resolved(k, n_terms):
-            self._n_nodes = 2 * self._n_nodes - 1
-            self._values.clear()
-
-    def _resolved(self, k: int, n_terms: int) -> bool:
-        values, matrix = self._at_nodes(k), projection(self._n_nodes, n_terms)[1].to(self.u.device)
-        fine, coarse = values @ matrix, 2 * (values[:, ::2] @ matrix[::2])
-        return bool((fine - coarse).abs().max() <= _ENOUGH * (1 + fine.abs().max()))
+    def _resolve(self, n_terms: int) -> None:
+        """Take so many nodes that half of them give the same coefficients of the fourth derivative."""
+        while self._n_terms < n_terms:
+            values, matrix = self._at_nodes(4), projection(self._n_nodes, n_terms)[1].to(self.u.device)
+            fine, coarse = values @ matrix, 2 * (values[:, ::2] @ matrix[::2])
+            if self._n_nodes >= _MOST_NODES or bool((fine - coarse).abs().max() <= _ENOUGH * (1 + fine.abs().max())):
+                self._n_terms = n_terms
+            else:
+                self._n_nodes = 2 * self._n_nodes - 1
+                self._values.clear()
+                self._coefficients.clear()
 
 
 class Sigmoidal(Neurons):

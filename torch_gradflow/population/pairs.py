@@ -87,11 +87,9 @@ def _of_series(first: Neurons, second: Neurons, orders: Sequence[Order]) -> dict
     cosine = cosine.clamp(-1.0, 1.0)
     steepest = max(orders, key=lambda order: (sum(order), order[1]))
     n_terms = _FIRST_TERMS
-    while True:
-        powers = cosine[..., None] ** torch.arange(n_terms, dtype=cosine.dtype, device=cosine.device)
-        left = _last_quarter(powers, *_coefficients(first, second, steepest, n_terms))
-        if left <= _ENOUGH or n_terms >= _MOST_TERMS:
-            break
+    powers = cosine[..., None] ** torch.arange(n_terms, dtype=cosine.dtype, device=cosine.device)
+    while (left := _last_quarter(powers, first, second, steepest)) > _ENOUGH and n_terms < _MOST_TERMS:
+        powers = torch.cat([powers, powers * cosine[..., None] ** n_terms], -1)
         n_terms *= 2
     if left > _ACCEPTABLE:
         warnings.warn(
@@ -108,16 +106,14 @@ def _of_series(first: Neurons, second: Neurons, orders: Sequence[Order]) -> dict
     return found
 
 
-def _coefficients(first: Neurons, second: Neurons, order: Order, n_terms: int) -> tuple[Tensor, Tensor]:
-    return first.coefficients(order[0], n_terms), second.coefficients(order[1], n_terms)
-
-
-def _last_quarter(powers: Tensor, one: Tensor, other: Tensor) -> float:
+def _last_quarter(powers: Tensor, first: Neurons, second: Neurons, order: Order) -> float:
     """The largest share of a pair's last quarter of terms in the product of the two functions' sizes."""
-    begin = 3 * powers.shape[-1] // 4
-    tail = (powers[..., begin:].abs() * other[:, begin:].abs()) @ one[:, begin:, None].abs()
+    n_terms = powers.shape[-1]
+    one, other = first.coefficients(order[0], n_terms).abs(), second.coefficients(order[1], n_terms).abs()
+    begin = 3 * n_terms // 4
+    tail = ((powers[..., begin:].abs() * other[:, begin:]) @ one[:, begin:, None])[..., 0]
     size = torch.outer(one.norm(dim=1), other.norm(dim=1)).clamp(min=math.sqrt(torch.finfo(one.dtype).tiny))
-    return float((tail[..., 0] / size).max())
+    return float((tail / size).max())
 
 
 def _largest(first: Neurons, second: Neurons) -> float:
