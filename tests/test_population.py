@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from torch_gradflow import (
+    GradientFlow,
+    NewtonPolish,
     Objective,
     PopulationObjective,
+    TeacherStudent,
     certify,
     gauss_hermite_data,
     hermite_coefficients,
@@ -111,7 +114,7 @@ def check_derivatives(objective: Objective, theta: Tensor, wanted: tuple[Tensor,
     vectors = torch.randn(len(theta), 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     products = found[2] @ vectors
     assert float((objective.hvp(theta, vectors) - products).abs().max()) < 1e-12 * float(products.abs().max().clamp(min=1.0))
-    assert torch.equal(objective.hvp(theta, vectors[:, 0]), objective.hvp(theta, vectors[:, :1])[:, 0])
+    assert torch.allclose(objective.hvp(theta, vectors[:, 0]), products[:, 0], rtol=1e-11, atol=1e-12)
     assert torch.equal(found[2], found[2].T)
 
 
@@ -122,7 +125,8 @@ def test_derivatives_of_smooth_activations(name: str, bias: bool) -> None:
     student, teacher = network(2, 3, SMOOTH[name], bias=bias), network(2, 2, SMOOTH[name], bias=bias, seed=1)
     objective = PopulationObjective(student, teacher)
     theta = objective.initial_theta()
-    check_derivatives(objective, theta, by_quadrature(student, teacher, *grid(), theta), 1e-12)
+    points = grid(step=0.1 if name == "sigmoid softplus" else 0.2)
+    check_derivatives(objective, theta, by_quadrature(student, teacher, *points, theta), 1e-12)
 
 
 @pytest.mark.parametrize(
@@ -221,12 +225,12 @@ def relu_loss(theta: Tensor, teacher: nn.Sequential, d: int, r: int) -> Tensor:
 
 def test_derivatives_of_relu() -> None:
     """Against autograd through the closed form of Rosenbaum (1961)."""
-    student, teacher = network(3, 3, torch.relu), network(3, 2, torch.relu, seed=1)
+    student, teacher = network(2, 2, torch.relu), network(2, 1, torch.relu, seed=1)
     objective = PopulationObjective(student, teacher)
     theta = objective.initial_theta()
 
     def value(theta: Tensor) -> Tensor:
-        return relu_loss(theta, teacher, 3, 3)
+        return relu_loss(theta, teacher, 2, 2)
 
     leaf = theta.clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(value(leaf), leaf)
@@ -243,14 +247,11 @@ def bias_free_loss(theta: Tensor, teacher: nn.Sequential, d: int, kind: str) -> 
         pairs = 2 / math.pi * torch.asin(gram / torch.sqrt(torch.outer(1 + squares, 1 + squares)))
     else:
         sizes = torch.outer(squares, squares).sqrt()
-        cosine = gram / sizes - 2 * torch.eye(len(a)) * gram / sizes  # off the diagonal, where the formula has no derivative
-        theta_ = torch.acos(cosine)
-        pairs = sizes * (torch.sin(theta_) + (math.pi - theta_) * cosine) / (2 * math.pi)
-        off = 1 - torch.eye(len(a), dtype=torch.float64)
-        cosine = torch.where(off > 0, gram / sizes, torch.zeros_like(gram))
+        same = torch.eye(len(a), dtype=torch.bool)  # where the formula has no derivative
+        cosine = torch.where(same, 0.0, gram / sizes)
         angle = torch.acos(cosine)
         pairs = sizes * (torch.sin(angle) + (math.pi - angle) * cosine) / (2 * math.pi)
-        pairs = torch.where(off > 0, pairs, 0.5 * torch.diag(squares))
+        pairs = torch.where(same, 0.5 * torch.diag(squares), pairs)
     return a @ pairs @ a
 
 
@@ -320,11 +321,57 @@ def test_every_method_takes_it() -> None:
     ends = [integrate(objective, theta0, (0.0, 20.0), method=m, rtol=1e-8) for m in ("dopri5", "bdf", "bdf-secant")]
     for end in ends[1:]:
         assert float((end.theta[-1] - ends[0].theta[-1]).norm()) < 1e-6
-    for method in ("trust-region", "trust-region-lanczos", "bfgs"):
-        result = minimize(objective, ends[0].theta[-1], method=method, gtol=1e-12)
-        assert result.grad_norm < 1e-12 and abs(result.loss) < 1e-14, result.message
+    for method, gtol in (("bfgs", 1e-8), ("trust-region-lanczos", 1e-12), ("trust-region", 1e-12)):
+        result = minimize(objective, ends[0].theta[-1], method=method, gtol=gtol, certificate=False)
+        assert result.grad_norm < gtol and abs(result.loss) < 1e-14, result.message
     assert certify(objective, result.theta).kind == "minimum"
     assert objective.kind() != PopulationObjective(student, teacher, loss="correlation").kind()
+
+
+@pytest.mark.parametrize("form", ["loop", "closure"])
+def test_loops_run_on_the_closed_form(form: str) -> None:
+    """GradientFlow recognises the loss, and goes where ``integrate`` does."""
+    student, teacher = network(3, 2, torch.tanh), network(3, 2, torch.tanh, seed=3)
+    problem = TeacherStudent(student, teacher)
+    end = integrate(problem.objective, problem.objective.initial_theta(), (0.0, 6.0), method="bdf", rtol=1e-8)
+    optimizer = GradientFlow(student.parameters(), lr=2.0, method="bdf", rtol=1e-8)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = problem.loss()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        if form == "loop":
+            closure()
+            optimizer.step()
+        else:
+            optimizer.step(closure)
+    assert optimizer.stats.engine == "population" and optimizer.stats.n_hessian > 0
+    assert float((problem.objective.initial_theta() - end.theta[-1]).norm()) < 1e-6
+    polish = NewtonPolish(student.parameters(), gtol=1e-12, method="trust-region")
+    optimizer = polish
+    polish.step(closure)
+    assert polish.result.grad_norm < 1e-12
+
+
+def test_the_loss_is_twice_differentiable() -> None:
+    student, teacher = network(2, 2, torch.relu), network(2, 2, torch.relu, seed=3)
+    problem = TeacherStudent(student, teacher, loss="correlation")
+    parameters = problem.objective.parameters
+    theta, vector = problem.objective.initial_theta(), torch.linspace(-1, 1, 9, dtype=torch.float64)
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(problem.loss(), parameters, create_graph=True)])
+    assert torch.equal(gradient.detach(), problem.objective.loss_and_gradient(theta)[1])
+    products = torch.autograd.grad(gradient @ vector, parameters)
+    assert torch.equal(torch.cat([p.reshape(-1) for p in products]), problem.objective.hvp(theta, vector))
+    # A multiple of it is another objective, which is replayed.
+    optimizer = GradientFlow(student.parameters(), lr=0.1, method="bdf")
+    (3 * problem.loss()).backward()
+    optimizer.zero_grad()
+    (3 * problem.loss()).backward()
+    optimizer.step()
+    assert optimizer.stats.engine == "replay"
 
 
 def test_float32_students_are_computed_in_float64() -> None:
@@ -345,16 +392,20 @@ def test_one_neuron_between_two_biased_teachers() -> None:
             parameter.copy_(torch.tensor(values))
     student = network(1, 1, paper_erf, bias=False)
     objective = PopulationObjective(student, teacher)
-    assert float(objective.loss_and_gradient(torch.zeros(2, dtype=torch.float64))[0]) == pytest.approx(2.181760692891919, abs=1e-14)
+    assert float(objective.loss_and_gradient(torch.zeros(2, dtype=torch.float64))[0]) == pytest.approx(
+        2.181760692891919, abs=1e-14
+    )
     result = minimize(objective, torch.tensor([1.0, 2.0], dtype=torch.float64), method="trust-region")
     assert result.theta.tolist() == pytest.approx([1.399554, 2.152784], abs=1e-6)
     assert result.loss == pytest.approx(0.0471160, abs=5e-8)
     pair = PopulationObjective(network(1, 2, paper_erf, bias=False), teacher)
-    for w, c, a, loss, tilt in ((0.866296, 1.66756, 1.49668, 0.0423722, 0.0071), (3.150436, 2.01782, -6.51112, 0.000773335, 0.00102)):
-        eps = 1e-3  # c σ(w x) + a x σ′(w x) as two neurons
+    # Published: .0423722 and .000773335; the further digits are mpmath's integrals at these parameters.
+    channels = (0.866296, 1.66756, 1.49668, 0.04237215196, 0.0071), (3.150436, 2.01782, -6.51112, 0.00077333257, 0.00102)
+    for w, c, a, loss, tilt in channels:
+        eps = 3e-3  # c σ(w x) + a x σ′(w x) as two neurons, up to tilt ε²
         theta = torch.tensor([w + eps, w - eps, c / 2 + a / (2 * eps), c / 2 - a / (2 * eps)], dtype=torch.float64)
         found = float(pair.loss_and_gradient(theta)[0]) - tilt * eps**2
-        assert found == pytest.approx(loss, rel=2e-6)
+        assert found == pytest.approx(loss, abs=2e-9)
 
 
 def unrecognised() -> nn.Sequential:
@@ -368,7 +419,7 @@ def test_what_is_refused() -> None:
     eye = torch.eye(2, dtype=torch.float64)
     for bad, match in (
         (lambda: PopulationObjective(unrecognised(), teacher), "student must be a perceptron with one hidden layer"),
-        (lambda: PopulationObjective(good, nn.Sequential(nn.Linear(2, 2)).double()), "teacher must be a perceptron"),
+        (lambda: PopulationObjective(good, nn.Sequential(nn.Linear(2, 1)).double()), "teacher must be a perceptron"),
         (lambda: PopulationObjective(good, nn.Sequential(nn.Linear(2, 2), nn.Tanh(), nn.Linear(2, 2)).double()), "one output"),
         (lambda: PopulationObjective(nothing, teacher), "student has no parameter that requires gradients"),
         (lambda: PopulationObjective(good, three), "same inputs, not 2 and 3"),
@@ -384,7 +435,7 @@ def test_what_is_refused() -> None:
         with pytest.raises(ValueError, match=match):
             bad()
     with pytest.raises(TypeError, match=r"teacher must be an nn\.Module"):
-        PopulationObjective(good, torch.tanh)  # type: ignore[arg-type]
+        PopulationObjective(good, "tanh")  # type: ignore[arg-type]
 
 
 def test_hermite_students() -> None:
@@ -393,7 +444,7 @@ def test_hermite_students() -> None:
         powers = hermite_coefficients(p)
 
         def h(z: Tensor, powers: tuple[float, ...] = powers) -> Tensor:
-            total = powers[-1] * z**(len(powers) - 1)
+            total = powers[-1] * z ** (len(powers) - 1)
             for m, c in enumerate(powers[:-1]):
                 total = total + c * z**m if m else total + c
             return total

@@ -64,7 +64,6 @@ def test_bivariate_normal_cdf_of_equal_and_opposite_variables() -> None:
     assert torch.allclose(bivariate_normal_cdf(h, k, 0 * one), cdf(h) * cdf(k), rtol=0, atol=3e-16)
 
 
-
 Function = Callable[[mp.mpf], mp.mpf]
 
 

@@ -14,7 +14,7 @@ from torch_gradflow.objectives.base import ClosureError, DerivativeError, Object
 from torch_gradflow.objectives.module import ModuleObjective, gradient, hessian, hessian_spectrum, hvp
 from torch_gradflow.objectives.opened import GradientFlowWarning
 from torch_gradflow.objectives.perceptron import Merging, PerceptronObjective
-from torch_gradflow.objectives.population import PopulationObjective
+from torch_gradflow.objectives.population import PopulationObjective, TeacherStudent
 from torch_gradflow.optim.gradient_flow import GradientFlow
 from torch_gradflow.optim.langevin.annealing import TemperatureScheduler
 from torch_gradflow.optim.langevin.hmc import HMC
@@ -66,6 +66,7 @@ __all__ = [
     "PopulationObjective",
     "Proof",
     "Samples",
+    "TeacherStudent",
     "TemperatureScheduler",
     "TrajectoryDistance",
     "WallTime",

@@ -16,6 +16,7 @@ from torch_gradflow.objectives.contract import agree, only_rounding
 from torch_gradflow.objectives.function import FunctionObjective, SecondDerivatives
 from torch_gradflow.objectives.parameters import ParameterLayout
 from torch_gradflow.objectives.perceptron import WIDE, PerceptronObjective
+from torch_gradflow.objectives.population import PopulationObjective, population_of
 from torch_gradflow.objectives.program import Program
 from torch_gradflow.objectives.recognition import recognise
 from torch_gradflow.perceptron.kernels import is_wide
@@ -84,7 +85,7 @@ class Opened:
         theta: θ at the start.
         loss: L at the start.
         gradient: ∇L at the start, as the user's own backward left it in ``.grad``.
-        engine: Which engine serves, "perceptron", "replay" or "closure".
+        engine: Which engine serves, "perceptron", "population", "replay" or "closure".
         reason: Why the replay does not serve, or "".
         unchanged: Whether loss and gradient at the start are those that were expected.
     """
@@ -143,7 +144,8 @@ class Replay:
     """What came of the attempt to replay a program.
 
     Attributes:
-        objective: The replay, or the loss of the perceptron as which it was recognised; None where it does not serve.
+        objective: The replay, or the loss of the perceptron, or of infinite data, as which it was recognised; None where it
+            does not serve.
         reason: Why it does not, or "".
         loss: L at the start; that of the replay where it computes in a wider type.
         gradient: ∇L at the start, likewise.
@@ -151,7 +153,7 @@ class Replay:
         found: The gradient of the replay at the start where it was computed, else None.
     """
 
-    objective: FunctionObjective | PerceptronObjective | None
+    objective: FunctionObjective | PerceptronObjective | PopulationObjective | None
     reason: str
     loss: Tensor
     gradient: Tensor
@@ -159,8 +161,10 @@ class Replay:
     found: Tensor | None = None
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> str:
         """Which engine serves."""
+        if isinstance(self.objective, PopulationObjective):
+            return "population"
         return "perceptron" if isinstance(self.objective, PerceptronObjective) else "replay"
 
 
@@ -190,6 +194,9 @@ def try_replay(
     wide = any(dtype != layout.dtype for dtype in layout.dtypes)
     known = memory.program is not None and unchanged and not wide
     plain = Replay(None, "", loss, gradient, unchanged)
+    population = population_of(program, layout, counts) if engine == "auto" else None
+    if population is not None and agree(population.loss_and_gradient(theta), (loss, gradient), layout):
+        return replace(plain, objective=population)
     differs = ""
     no_perceptron = (known and memory.perceptron is None) or program.structure in memory.no_perceptrons
     if engine != "replay" and not no_perceptron:

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import mse_loss
+from torch.overrides import handle_torch_function, has_torch_function
 
 from torch_gradflow.checks import check_number
 from torch_gradflow.objectives.base import EvaluationCounts, Objective
@@ -16,6 +18,7 @@ from torch_gradflow.objectives.calls import NotRecognised
 from torch_gradflow.objectives.contract import agree
 from torch_gradflow.objectives.parameters import ParameterLayout, check_parameters
 from torch_gradflow.objectives.perceptron import PerceptronObjective
+from torch_gradflow.objectives.program import Program, Slot
 from torch_gradflow.objectives.recognition import RecognisedPerceptron, recognise
 from torch_gradflow.objectives.record import Recorder, Recording
 from torch_gradflow.population.coordinates import Selection, Whitening
@@ -85,6 +88,11 @@ class PopulationObjective(Objective):
         """See ``Objective``."""
         return *super().kind(), self._name, self.layer, *self._hidden
 
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the student that θ stands for, in their order."""
+        return self._network.parameters
+
     def initial_theta(self) -> Tensor:
         """The student's present parameters, shape ``(P,)``."""
         return self._network.theta()
@@ -128,6 +136,85 @@ class PopulationObjective(Objective):
 
     def _pull_back(self, rows: Tensor) -> Tensor:
         return self._selection.pull_back(self._whitening.pull_back(self.layer, rows))
+
+
+class TeacherStudent:
+    """A student that learns a teacher on infinite data, for training loops.
+
+    ``loss()`` is a tensor like any other loss, for ``backward()`` and any optimizer. Where it is all that a loop or a closure
+    computes, ``GradientFlow`` and ``NewtonPolish`` recognise it, and run on ``objective``'s second derivatives.
+
+    Args:
+        student: See ``PopulationObjective``.
+        teacher: See ``PopulationObjective``.
+        options: Further arguments of ``PopulationObjective``.
+
+    Attributes:
+        objective: The same loss, for ``integrate``, ``minimize`` and ``certify``.
+    """
+
+    def __init__(self, student: nn.Module, teacher: nn.Module, **options: Any) -> None:
+        self.objective = PopulationObjective(student, teacher, **options)
+
+    def loss(self) -> Tensor:
+        """L at the student's present parameters, differentiable twice; 0-dimensional."""
+        return population_loss(self.objective, *self.objective.parameters)
+
+
+def population_loss(objective: PopulationObjective, *parameters: Tensor) -> Tensor:
+    """L(θ) for θ made of these tensors, as one function of torch, which modes and records of functions see as one call."""
+    if has_torch_function(parameters):
+        result: Tensor = handle_torch_function(population_loss, parameters, objective, *parameters)
+        return result
+    theta = torch.cat([parameter.reshape(-1).to(objective.dtype) for parameter in parameters])
+    value: Tensor = _Loss.apply(objective, theta)
+    return value
+
+
+def population_of(program: Program, layout: ParameterLayout, counts: EvaluationCounts) -> PopulationObjective | None:
+    """The objective whose ``population_loss``, and nothing else, a program computes of all its parameters; or None."""
+    if len(program.calls) != 1 or len(program.losses) != 1:
+        return None
+    (call,), (loss,) = program.calls, program.losses
+    whole = call.function is population_loss and loss.slot == call.outputs[0] and loss.weight is None
+    if not whole or call.args[1:] != tuple(map(Slot, range(program.n_inputs))) or call.autocast is not None:
+        return None
+    found = copy.copy(call.args[0])
+    assert isinstance(found, PopulationObjective)
+    found.counts, found.dtype = counts, layout.dtype
+    return found
+
+
+class _Loss(torch.autograd.Function):
+    """L(θ)."""
+
+    @staticmethod
+    def forward(ctx: Any, objective: PopulationObjective, theta: Tensor) -> Tensor:
+        ctx.objective = objective
+        ctx.save_for_backward(theta)
+        return objective.loss_and_gradient(theta)[0]
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor]:
+        (theta,) = ctx.saved_tensors
+        gradient: Tensor = _Gradient.apply(ctx.objective, theta)
+        return None, outer[0] * gradient
+
+
+class _Gradient(torch.autograd.Function):
+    """∇L(θ)."""
+
+    @staticmethod
+    def forward(ctx: Any, objective: PopulationObjective, theta: Tensor) -> Tensor:
+        ctx.objective = objective
+        ctx.save_for_backward(theta)
+        return objective.loss_and_gradient(theta)[1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor]:
+        (theta,) = ctx.saved_tensors
+        return None, ctx.objective.hvp(theta, outer[0])
 
 
 @dataclass(frozen=True)
@@ -178,26 +265,40 @@ class _Network:
 
 def _recognised(module: nn.Module, parameters: list[nn.Parameter], layout: ParameterLayout) -> RecognisedPerceptron:
     """The module as a perceptron with one hidden layer, compared with itself on three inputs."""
-    linear = [m for m in module.modules() if isinstance(m, nn.Linear)]
-    if not linear:
-        raise NotRecognised("it has no nn.Linear")
-    d = linear[0].in_features
-    x = torch.linspace(-1.0, 1.0, 3 * d, dtype=layout.dtype, device=layout.device).reshape(3, d)
+    widths = {m.in_features for m in module.modules() if isinstance(m, nn.Linear)}
+    x = next((x for x in (_inputs(d, layout) for d in widths) if _has_one_output(module, x)), None)
+    if x is None:
+        raise NotRecognised("none of its nn.Linear takes as many inputs as the module, or it has not one output")
     recording = Recording(parameters)
     with torch.enable_grad(), Recorder([recording]):
-        loss = mse_loss(module(x), torch.zeros(3, 1, dtype=x.dtype, device=x.device))
+        loss = mse_loss(module(x), x.new_zeros(len(x), 1))
     program = recording.program(loss)
     if program is None or recording.doubts:
         raise NotRecognised("; ".join(recording.doubts) or "its output does not depend on its parameters")
     found = recognise(program, layout)
     sizes, output = found.network.sizes, found.network.activations[-1]
-    if len(sizes) != 3 or sizes[2] != 1 or not all(kind.is_identity for _, kind in output):
+    if len(sizes) != 3 or not all(kind.is_identity for _, kind in output):
         raise NotRecognised(f"its layers have {' - '.join(map(str, sizes))} neurons, or its output an activation")
     gradient = torch.autograd.grad(loss, parameters)
     read = PerceptronObjective.of(found, layout.dtype, kernel="torch").loss_and_gradient(layout.flatten(parameters))
     if not agree(read, (loss.detach(), layout.flatten(gradient)), layout):
         raise NotRecognised("as one, its output differs")
     return found
+
+
+def _inputs(d: int, layout: ParameterLayout) -> Tensor:
+    """Three of them."""
+    return torch.linspace(-1.0, 1.0, 3 * d, dtype=layout.dtype, device=layout.device).reshape(3, d)
+
+
+def _has_one_output(module: nn.Module, x: Tensor) -> bool:
+    """Whether the module takes x, and gives one number for each row."""
+    try:
+        with torch.no_grad():
+            output = module(x)
+    except RuntimeError:  # shapes that do not fit
+        return False
+    return isinstance(output, Tensor) and output.shape == (len(x), 1)
 
 
 def _checked(name: str, value: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Tensor | None:
