@@ -2,7 +2,8 @@
 
 A student with three softplus neurons learns a teacher with eight, from nine Gaussian inputs, without biases. The flow on
 infinite data is that of a ``PopulationObjective``; flows on samples start at the same parameters. Printed: the squared
-distance between the parameters at the end, which falls like 1/N, as long as all flows choose the same minimum. Saved: a figure.
+distance between the parameters at the end, which falls like 1/N as long as all flows choose the same minimum. Saved: a
+figure.
 
     python examples/infinite_data.py [--samples 1000 10000 100000] [--seeds 20] [--time 1000]
 """

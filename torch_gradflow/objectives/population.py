@@ -167,7 +167,7 @@ def population_loss(objective: PopulationObjective, *parameters: Tensor) -> Tens
         result: Tensor = handle_torch_function(population_loss, parameters, objective, *parameters)
         return result
     theta = torch.cat([parameter.reshape(-1).to(objective.dtype) for parameter in parameters])
-    value: Tensor = _Loss.apply(objective, theta)
+    value: Tensor = _Loss.apply(objective, theta)  # type: ignore[no-untyped-call]
     return value
 
 
@@ -197,7 +197,7 @@ class _Loss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor) -> tuple[None, Tensor]:
         (theta,) = ctx.saved_tensors
-        gradient: Tensor = _Gradient.apply(ctx.objective, theta)
+        gradient: Tensor = _Gradient.apply(ctx.objective, theta)  # type: ignore[no-untyped-call]
         return None, outer[0] * gradient
 
 

@@ -14,8 +14,8 @@ from torch_gradflow.objectives.base import Objective
 class UnitRows(Objective):
     """L with w_i/|w_i| in place of w_i: a function on a product of spheres.
 
-    Its gradient is tangential, so that the flow keeps every |w_i|; from |w_i| = 1 it is the flow on the spheres. The Hessian at
-    a critical point has a zero eigenvalue for each w_i, along itself.
+    Its gradient is tangential, so that the flow keeps every |w_i|; from |w_i| = 1 it is the flow on the spheres. The Hessian
+    at a critical point has a zero eigenvalue for each w_i, along itself.
 
     Args:
         base: L(θ), where θ begins with the rows w_1, …, w_n.

@@ -87,8 +87,8 @@ def information_exponent(activation: Activation) -> int:
 def critical_overlap(k: int, exponent: int) -> float:
     """β_c = (p − 2)/(k + p − 2): for larger overlaps v_i·v_j of k index vectors, their mean attracts unit neurons.
 
-    For the correlation loss with the activation He_p (Şimşek, Bendjeddou and Hsu 2025, arXiv 2411.08798); below it the mean is a
-    saddle, and neurons go to single index vectors.
+    For the correlation loss with the activation He_p (Şimşek, Bendjeddou and Hsu 2025, arXiv 2411.08798); below it the mean
+    is a saddle, and neurons go to single index vectors.
 
     Args:
         k: The number of index vectors.
