@@ -172,7 +172,12 @@ class Sigmoidal(Neurons):
 
         def product(k: int, j: int) -> Tensor:
             first, second = self.scaled(k), other.scaled(j)
+            if b is None and k == 0:  # Φ as a half and an odd function
+                odd = first * second / (2 * math.pi) * torch.atan2(q, pair.root)
+                return odd + (self.offset + self.height / 2) * (other.offset + other.height / 2)
             value = first * second * pair.moment(k, j)
+            if b is None and k % 2 == 0:
+                return value
             if j == 0:
                 value = value + first * other.offset * steps.single(k, 1 + p, b)
             if k == 0:

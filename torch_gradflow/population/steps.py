@@ -10,6 +10,7 @@ integration by parts (Stein's lemma), E[y₁ G] = b E[G] + p E[∂₁G] + q E[�
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -89,27 +90,25 @@ class Steps:
     @property
     def _formulas(self) -> dict[tuple[int, int], Callable[[], Tensor]]:
         return {
-            (-1, -1): lambda: self._times_b(self._s0r) + self.p * self._s1r + self.q * self._s00,
+            (-1, -1): lambda: self._stein(self.p * self._s1r + self.q * self._s00, lambda: self._s0r),
             (0, -1): lambda: self._s0r,
             (1, -1): lambda: self._s1r,
             (2, -1): lambda: self._s2r,
-            (3, -1): lambda: -(self._s1r + self._times_b(self._s2r) + self.q * self._s20) / self.p,
+            (3, -1): lambda: self._stein(self._s1r + self.q * self._s20, lambda: self._s2r) / -self.p,
             (0, 0): lambda: self._s00,
             (1, 0): lambda: self._s10,
             (2, 0): lambda: self._s20,
             (3, 0): lambda: self._s30,
-            (4, 0): lambda: -(2 * self._s20 + self._times_b(self._s30) + self.q * self._s31) / self.p,
+            (4, 0): lambda: self._stein(2 * self._s20 + self.q * self._s31, lambda: self._s30) / -self.p,
             (1, 1): lambda: self._s11,
             (2, 1): lambda: self._s21,
-            (2, 2): lambda: (self._slopes[0] * self._slopes[1] + self.q / self._gap) * self._s11,
+            (2, 2): lambda: self._s22,
             (3, 1): lambda: self._s31,
         }
 
-    def _times_b(self, value: Tensor) -> Tensor:
-        return torch.zeros_like(value) if self.b is None else self.b * value
-
-    def _times_c(self, value: Tensor) -> Tensor:
-        return torch.zeros_like(value) if self.c is None else self.c * value
+    def _stein(self, rest: Tensor, times_b: Callable[[], Tensor]) -> Tensor:
+        """``rest`` + b ``times_b()``; what is not needed is not computed."""
+        return rest if self.b is None else rest + self.b * times_b()
 
     @cached_property
     def _gap(self) -> Tensor:
@@ -127,11 +126,10 @@ class Steps:
         return mean, deviation, mean / deviation
 
     @cached_property
-    def _slopes(self) -> tuple[Tensor, Tensor]:
-        """Minus the logarithmic derivatives of the density at the origin by b and c."""
+    def _slopes(self) -> tuple[Tensor, Tensor] | None:
+        """Minus the logarithmic derivatives of the density at the origin by b and c; None where they are zero."""
         if self.b is None or self.c is None:
-            zero = torch.zeros_like(self._gap)
-            return zero, zero
+            return None
         return (self.r * self.b - self.q * self.c) / self._gap, (self.p * self.c - self.q * self.b) / self._gap
 
     @cached_property
@@ -146,29 +144,38 @@ class Steps:
 
     @cached_property
     def _s11(self) -> Tensor:
+        if self.b is None:
+            return 1 / (2 * math.pi * self._gap.sqrt())
         _, deviation, ratio = self._given_zero
         return single(1, self.p, self.b) * torch.exp(-0.5 * ratio * ratio) / (ROOT_2_PI * deviation)
 
     @cached_property
     def _s20(self) -> Tensor:
-        return -(self._times_b(self._s10) + self.q * self._s11) / self.p
+        return self._stein(self.q * self._s11, lambda: self._s10) / -self.p
 
     @cached_property
     def _s21(self) -> Tensor:
-        return -self._slopes[0] * self._s11
+        return torch.zeros_like(self._s11) if self._slopes is None else -self._slopes[0] * self._s11
+
+    @cached_property
+    def _s22(self) -> Tensor:
+        curvature = self.q / self._gap
+        return (curvature if self._slopes is None else curvature + self._slopes[0] * self._slopes[1]) * self._s11
 
     @cached_property
     def _s30(self) -> Tensor:
-        return -(self._s10 + self._times_b(self._s20) + self.q * self._s21) / self.p
+        return self._stein(self._s10 + self.q * self._s21, lambda: self._s20) / -self.p
 
     @cached_property
     def _s31(self) -> Tensor:
-        return (self._slopes[0] ** 2 - self.r / self._gap) * self._s11
+        curvature = -self.r / self._gap
+        return (curvature if self._slopes is None else curvature + self._slopes[0] ** 2) * self._s11
 
     @cached_property
     def _s0r(self) -> Tensor:
         swapped = Steps(self.r, self.p, self.q, self.root, self.c, self.b)
-        return self._times_c(self._s00) + self.r * swapped._s10 + self.q * self._s10
+        rest = self.r * swapped._s10 + self.q * self._s10
+        return rest if self.c is None else rest + self.c * self._s00
 
     @cached_property
     def _s1r(self) -> Tensor:
@@ -178,4 +185,4 @@ class Steps:
 
     @cached_property
     def _s2r(self) -> Tensor:
-        return -(self._times_b(self._s1r) + self.q * self._s10) / self.p
+        return self._stein(self.q * self._s10, lambda: self._s1r) / -self.p
