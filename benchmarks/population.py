@@ -1,9 +1,9 @@
 """The gradient and the Hessian of a population loss: in closed form, by autograd through the same formula, and from data.
 
-erf(z/√2) students and teachers without biases, d = 100, n = k = 50: 5,050 parameters. "autograd" is the same loss written as one
-arcsine of a Gram matrix, its Hessian by ``torch.func.hessian`` in chunks and by one double backward pass per row (measured on
-some rows). "data" is one gradient of the mean squared error on 100,000 samples, by torch. Medians of interleaved rounds, on one
-core.
+erf(z/√2) students and teachers without biases, d = 100, n = k = 50: 5,050 parameters. "autograd" is the same loss written as
+one arcsine of a Gram matrix; its Hessian takes forward-over-reverse products with many unit vectors at a time, as
+``torch.func.hessian`` does, or one double backward pass per row (both measured on some rows). "data" is one gradient of the
+mean squared error on 100,000 samples, by torch. Medians of interleaved rounds, on one core.
 
     python benchmarks/population.py [--rounds 5] [--threads 1]
 """
@@ -27,7 +27,7 @@ from torch_gradflow import PopulationObjective
 RESULTS = Path(__file__).parent / "results" / "population.json"
 N_INPUTS, N_STUDENT, N_TEACHER, N_SAMPLES = 100, 50, 50, 100_000
 # Rows of the Hessian that one measurement takes.
-ROWS = 20
+ROWS = 100
 
 
 class Erf(nn.Module):

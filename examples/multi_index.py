@@ -13,6 +13,7 @@ ends at the one that it was nearest to.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import matplotlib
@@ -83,19 +84,19 @@ def crossing(k: int, d: int, degree: int) -> float:
     return 0.5 * (low + high)
 
 
-def ends(k: int, d: int, degree: int, n: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+def ends(k: int, d: int, degree: int, n: int, time: float) -> tuple[Tensor, Tensor, Tensor]:
     """Overlaps with k orthogonal index vectors along the flow, shape ``(times, n, k)``; the times; the nearest at the start.
 
     Neurons of odd degree start with positive overlaps only: at a negative one they would first have to pass through zero.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     v = torch.eye(k, d, dtype=torch.float64)
     w = torch.randn(n, d, generator=generator, dtype=torch.float64)
     if degree % 2:
         w[:, :k] = w[:, :k].abs()
     w = w / w.norm(dim=1, keepdim=True)
     objective = on_spheres(w, v, degree)
-    times = torch.cat([torch.zeros(1), torch.logspace(-2, 2, 80)]).double()
+    times = torch.cat([torch.zeros(1), torch.logspace(-2, math.log10(time), 80)]).double()
     flow = integrate(objective, w.reshape(-1), (0.0, float(times[-1])), t_eval=times, method="dopri5", rtol=1e-6)
     overlaps = flow.theta.view(len(times), n, d)[:, :, :k]
     return overlaps, times, overlaps[0].abs().argmax(1)
@@ -107,6 +108,7 @@ def main() -> None:
     parser.add_argument("--indices", type=int, default=5, help="k")
     parser.add_argument("--inputs", type=int, default=20, help="d")
     parser.add_argument("--neurons", type=int, default=50)
+    parser.add_argument("--time", type=float, default=100.0, help="flow time")
     parser.add_argument("--figure", type=Path, default=Path("multi_index.png"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -115,7 +117,7 @@ def main() -> None:
     print(f"{'p':>2s}{'k':>4s}{'beta_c':>12s}{'found':>12s}{'nearest index vector':>24s}")
     for degree, color in ((3, "tab:blue"), (4, "tab:orange")):
         theory, found = critical_overlap(k, degree), crossing(k, d, degree)
-        overlaps, times, nearest = ends(k, d, degree, n, 0)
+        overlaps, times, nearest = ends(k, d, degree, n, options.time)
         arrived = overlaps[-1].abs().gather(1, nearest[:, None])[:, 0] > 0.999
         print(f"{degree:2d}{k:4d}{theory:12.7f}{found:12.7f}{int(arrived.sum()):15d} of {n:3d}")
         betas = torch.linspace(0.0, 0.6, 31).tolist()

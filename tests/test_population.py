@@ -313,6 +313,19 @@ def test_gauss_hermite_data_train_any_network() -> None:
     assert float(loss) == pytest.approx(float(objective.loss_and_gradient(objective.initial_theta())[0]), abs=1e-9)
 
 
+def test_gauss_hermite_data_are_a_weighted_loss() -> None:
+    """The usual loop with them runs on the closed form of perceptrons, at any depth."""
+    x, w = gauss_hermite_data(2, 12)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 1)).double()
+    y = torch.sin(x[:, :1]) * x[:, 1:]
+    optimizer = GradientFlow(model.parameters(), lr=0.1, method="dopri5")
+    optimizer.zero_grad()
+    (w[:, None] * (model(x) - y) ** 2).sum().backward()
+    optimizer.step()
+    assert optimizer.stats.engine == "perceptron"
+
+
 def test_every_method_takes_it() -> None:
     """A student as wide as the teacher: two integrators agree, and minimisers and certificate come to zero loss."""
     student, teacher = network(3, 2, paper_erf, bias=False), network(3, 2, paper_erf, bias=False, seed=3)
@@ -332,8 +345,8 @@ def test_loops_run_on_the_closed_form(form: str) -> None:
     """GradientFlow recognises the loss, and goes where ``integrate`` does."""
     student, teacher = network(3, 2, torch.tanh), network(3, 2, torch.tanh, seed=3)
     problem = TeacherStudent(student, teacher)
-    end = integrate(problem.objective, problem.objective.initial_theta(), (0.0, 6.0), method="bdf", rtol=1e-8)
-    optimizer = GradientFlow(student.parameters(), lr=2.0, method="bdf", rtol=1e-8)
+    end = integrate(problem.objective, problem.objective.initial_theta(), (0.0, 2.0), method="bdf", rtol=1e-7)
+    optimizer = GradientFlow(student.parameters(), lr=1.0, method="bdf", rtol=1e-7)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
@@ -341,14 +354,14 @@ def test_loops_run_on_the_closed_form(form: str) -> None:
         loss.backward()
         return loss
 
-    for _ in range(3):
+    for _ in range(2):
         if form == "loop":
             closure()
             optimizer.step()
         else:
             optimizer.step(closure)
     assert optimizer.stats.engine == "population" and optimizer.stats.n_hessian > 0
-    assert float((problem.objective.initial_theta() - end.theta[-1]).norm()) < 1e-6
+    assert float((problem.objective.initial_theta() - end.theta[-1]).norm()) < 1e-5
     polish = NewtonPolish(student.parameters(), gtol=1e-12, method="trust-region")
     optimizer = polish
     polish.step(closure)
@@ -365,7 +378,7 @@ def test_the_loss_is_twice_differentiable() -> None:
     products = torch.autograd.grad(gradient @ vector, parameters)
     assert torch.equal(torch.cat([p.reshape(-1) for p in products]), problem.objective.hvp(theta, vector))
     # A multiple of it is another objective, which is replayed.
-    optimizer = GradientFlow(student.parameters(), lr=0.1, method="bdf")
+    optimizer = GradientFlow(student.parameters(), lr=0.1, method="dopri5")
     (3 * problem.loss()).backward()
     optimizer.zero_grad()
     (3 * problem.loss()).backward()

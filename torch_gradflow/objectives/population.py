@@ -77,7 +77,7 @@ class PopulationObjective(Objective):
         )
         self._selection = self._network.selection
         self.n_parameters = self._selection.n_parameters
-        white = self._whitening.to_white(known.layer, known.selection.point(known.theta().to(self.device, torch.float64)))
+        white = self._whitening.to_white(known.layer, known.selection.point(known.theta().to(torch.float64)).to(self.device))
         self._loss = PopulationLoss(
             self._whitening.layer(self.layer), self._whitening.layer(known.layer), white, loss, float(noise)
         )
