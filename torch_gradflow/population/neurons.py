@@ -56,8 +56,10 @@ class Neurons(ABC):
 
 def _leibniz(k: int, product: Callable[[int, int], Tensor]) -> Tensor:
     """(g²)⁽ᵏ⁾ from ``product(i, j)`` = g⁽ⁱ⁾ g⁽ʲ⁾, i ≥ j."""
-    terms = [math.comb(k, i) * product(max(i, k - i), min(i, k - i)) for i in range(k + 1)]
-    return torch.stack(terms).sum(0)
+    total = product(k, 0) * (2 if k else 1)
+    for i in range(1, k // 2 + 1):
+        total = total + (1 if 2 * i == k else 2) * math.comb(k, i) * product(k - i, i)
+    return total
 
 
 class Smooth(Neurons):
@@ -138,7 +140,12 @@ class Sigmoidal(Neurons):
 
     def mean_of_square(self, k: int) -> Tensor:
         """See ``Neurons``."""
-        return _leibniz(k, self.products(self, self.variance, self.variance, self.variance, self.b, self.b))
+        return _leibniz(k, self._with_itself)
+
+    @cached_property
+    def _with_itself(self) -> Callable[[int, int], Tensor]:
+        """E[g⁽ⁱ⁾ g⁽ʲ⁾] of each neuron."""
+        return self.products(self, self.variance, self.variance, self.variance, self.b, self.b)
 
     def coefficients(self, k: int, n_terms: int) -> Tensor:
         """See ``Neurons``: those of the blurred step, of which y is a part only."""
