@@ -237,6 +237,30 @@ def test_derivatives_of_relu() -> None:
     check_derivatives(objective, theta, (value(theta), gradient, torch.autograd.functional.hessian(value, theta)), 1e-12)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("apart", [0.0, 1e-11, 1e-6])
+def test_two_relu_neurons_that_are_one(bias: bool, apart: float) -> None:
+    """The second derivatives between them are continuous: a_i a_j E[x x′; z > 0] with x′ = (x, 1); here to 1e-8."""
+    student, teacher = network(2, 2, torch.relu, bias=bias), network(2, 1, torch.relu, seed=1)
+    with torch.no_grad():
+        student[0].weight[1] = student[0].weight[0] + apart
+        if bias:
+            student[0].bias[1] = student[0].bias[0]
+    objective = PopulationObjective(student, teacher)
+    theta = objective.initial_theta()
+    hessian = objective.hessian(theta)
+    a = student[2].weight[0].detach()
+    w = student[0].weight[0].detach()
+    size = w.norm()
+    h = (student[0].bias[0].detach() if bias else torch.zeros((), dtype=torch.float64)) / size
+    phi, cdf = torch.exp(-0.5 * h * h) / math.sqrt(2 * math.pi), torch.special.ndtr(h)
+    # E[x xᵀ; z > 0] = Φ(h) I − h φ(h) ŵ ŵᵀ for z = w·x + b and h = b/|w|.
+    wanted = 2 * a[0] * a[1] * (cdf * torch.eye(2, dtype=torch.float64) - h * phi * torch.outer(w, w) / size**2)
+    assert torch.allclose(hessian[:2, 2:4], wanted, rtol=0, atol=3e-8 + 3 * apart)
+    vector = torch.linspace(-1, 1, len(theta), dtype=torch.float64)
+    assert torch.allclose(objective.hvp(theta, vector), hessian @ vector, rtol=0, atol=1e-7)
+
+
 def bias_free_loss(theta: Tensor, teacher: nn.Sequential, d: int, kind: str) -> Tensor:
     """Of erf(z/√2) and ReLU without biases, as autograd can take it."""
     r = len(theta) // (d + 1)

@@ -59,6 +59,19 @@ def _up_to_one(h: Tensor, a: Tensor) -> Tensor:
     return a * total / (2 * math.pi)
 
 
+def given(h: Tensor, k: Tensor, cosine: Tensor, sine: Tensor) -> tuple[Tensor, Tensor]:
+    """(k − ρ h)/√(1 − ρ²) and (h − ρ k)/√(1 − ρ²), without loss of digits near ρ = ±1.
+
+    For standard normal X and Y with the correlation ρ = ``cosine``, these are the standardised distances of k from the mean
+    of Y where X = h, and of h from that of X where Y = k. Rounding errors of k ∓ h enter both alike.
+    """
+    alike = cosine >= 0
+    half = sine / (1 + cosine.abs())  # tan(θ/2) of the angle, or of its supplement
+    apart = torch.where(alike, k - h, k + h) / sine.clamp(min=1e-300)
+    turn = torch.where(alike, half, -half)
+    return apart + turn * h, torch.where(alike, -apart, apart) + turn * k
+
+
 def orthant(h: Tensor | None, k: Tensor | None, cosine: Tensor, sine: Tensor) -> Tensor:
     """P(X ≤ h, Y ≤ k) for standard normal X and Y with the correlation ``cosine``.
 
@@ -73,15 +86,10 @@ def orthant(h: Tensor | None, k: Tensor | None, cosine: Tensor, sine: Tensor) ->
     """
     if h is None or k is None:
         return 0.5 - torch.atan2(sine, cosine) / (2 * math.pi)
-    alike = cosine >= 0
-    # tan(θ/2) of the angle, or of its supplement.
-    half = sine / (1 + cosine.abs())
-    # With slopes (k − ρ h)/(h sin θ) = ((k ∓ h)/sin θ ± h tan)/h no digits are lost near ρ = ±1.
-    apart = torch.where(alike, k - h, k + h) / sine.clamp(min=1e-300)
-    turn = torch.where(alike, half, -half)
-    across_h, across_k = apart + turn * h, torch.where(alike, -apart, apart) + turn * k
+    across_h, across_k = given(h, k, cosine, sine)
     both_zero = (h == 0) & (k == 0)
-    slope = torch.where(alike, half, 1 / half.clamp(min=1e-300))
+    half = sine / (1 + cosine.abs())
+    slope = torch.where(cosine >= 0, half, 1 / half.clamp(min=1e-300))  # tan(θ/2)
     rays = torch.zeros_like(across_h)
     for height, across in ((h, across_h), (k, across_k)):
         height = height.expand_as(across)

@@ -19,7 +19,11 @@ import torch
 from torch import Tensor
 
 from torch_gradflow.population.hermite import hermite_values
-from torch_gradflow.population.normal import ROOT_2_PI, density, distribution, orthant
+from torch_gradflow.population.normal import ROOT_2_PI, density, distribution, given, orthant
+
+# S_11 and what is made of it grow like 1/sine of the angle between y₁ and y₂, and cancel in second derivatives; where the sine
+# is below this, they are taken there, so that neither the error nor what is lost by cancellation exceeds about 1e-8.
+_LEAST_SINE = 1e-8
 
 
 def single(k: int, p: Tensor, b: Tensor | None) -> Tensor:
@@ -112,18 +116,19 @@ class Steps:
 
     @cached_property
     def _gap(self) -> Tensor:
-        """p r − q²; where y₁ and y₂ are one but for rounding, what is divided by it has no digits left."""
-        return (self.root * self.root).clamp(min=1e-32 * self.p * self.r)
+        """p r − q²; at least what it is where the sine of the angle is ``_LEAST_SINE``."""
+        return torch.maximum(self.root * self.root, _LEAST_SINE**2 * self.p * self.r)
 
     @cached_property
     def _given_zero(self) -> tuple[Tensor, Tensor, Tensor]:
         """The mean of y₂ where y₁ = 0, its standard deviation there, and the ratio of the two."""
-        deviation = (self._gap / self.p).sqrt()
+        deviation = self.root / self.p.sqrt()
         if self.b is None or self.c is None:
             zero = torch.zeros_like(deviation)
             return zero, deviation, zero
-        mean = self.c - self.q / self.p * self.b
-        return mean, deviation, mean / deviation
+        scale = (self.p * self.r).sqrt()
+        ratio = given(self.b / self.p.sqrt(), self.c / self.r.sqrt(), self.q / scale, self.root / scale)[0]
+        return ratio * deviation, deviation, ratio
 
     @cached_property
     def _slopes(self) -> tuple[Tensor, Tensor] | None:
@@ -146,8 +151,7 @@ class Steps:
     def _s11(self) -> Tensor:
         if self.b is None:
             return 1 / (2 * math.pi * self._gap.sqrt())
-        _, deviation, ratio = self._given_zero
-        return single(1, self.p, self.b) * torch.exp(-0.5 * ratio * ratio) / (ROOT_2_PI * deviation)
+        return single(1, self.p, self.b) * density(self._given_zero[2]) * (self.p / self._gap).sqrt()
 
     @cached_property
     def _s20(self) -> Tensor:
