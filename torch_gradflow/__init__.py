@@ -15,7 +15,9 @@ from torch_gradflow.objectives.full_batch import FullBatch
 from torch_gradflow.objectives.module import ModuleObjective, gradient, hessian, hessian_spectrum, hvp
 from torch_gradflow.objectives.opened import GradientFlowWarning
 from torch_gradflow.objectives.perceptron import Merging, PerceptronObjective
+from torch_gradflow.objectives.population import PopulationObjective, TeacherStudent
 from torch_gradflow.objectives.processes import ProcessError
+from torch_gradflow.objectives.unit_rows import UnitRows
 from torch_gradflow.optim.gradient_flow import GradientFlow
 from torch_gradflow.optim.langevin.annealing import TemperatureScheduler
 from torch_gradflow.optim.langevin.hmc import HMC
@@ -27,6 +29,14 @@ from torch_gradflow.optim.newton_polish import NewtonPolish
 from torch_gradflow.optimizer_comparison import Comparison, compare
 from torch_gradflow.perceptron.activations import Activation, register_activation
 from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
+from torch_gradflow.population.hermite import gauss_hermite_data, hermite_coefficients
+from torch_gradflow.population.theory import (
+    copy_average,
+    copy_average_loss,
+    critical_overlap,
+    information_exponent,
+    relu_average,
+)
 
 __all__ = [
     "HMC",
@@ -64,18 +74,27 @@ __all__ = [
     "PartitionedLangevin",
     "Perceptron",
     "PerceptronObjective",
+    "PopulationObjective",
     "ProcessError",
     "Proof",
     "Samples",
+    "TeacherStudent",
     "TemperatureScheduler",
     "TrajectoryDistance",
+    "UnitRows",
     "WallTime",
     "certify",
     "compare",
+    "copy_average",
+    "copy_average_loss",
+    "critical_overlap",
+    "gauss_hermite_data",
     "gradient",
+    "hermite_coefficients",
     "hessian",
     "hessian_spectrum",
     "hvp",
+    "information_exponent",
     "integrate",
     "integrate_many",
     "integrated_autocorrelation_time",
@@ -83,6 +102,7 @@ __all__ = [
     "leave_saddle",
     "minimize",
     "register_activation",
+    "relu_average",
     "time_average",
     "trajectory_distance",
 ]

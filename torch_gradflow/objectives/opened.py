@@ -17,6 +17,7 @@ from torch_gradflow.objectives.contract import agree, only_rounding
 from torch_gradflow.objectives.function import FunctionObjective, SecondDerivatives
 from torch_gradflow.objectives.parameters import ParameterLayout
 from torch_gradflow.objectives.perceptron import WIDE, PerceptronObjective
+from torch_gradflow.objectives.population import PopulationObjective, population_of
 from torch_gradflow.objectives.processes import Processes
 from torch_gradflow.objectives.program import Program
 from torch_gradflow.objectives.recognition import recognise
@@ -86,7 +87,7 @@ class Opened:
         theta: θ at the start.
         loss: L at the start, of all processes.
         gradient: ∇L at the start, as the user's own backward left it in ``.grad``, of all processes.
-        engine: Which engine serves, "perceptron", "replay" or "closure".
+        engine: Which engine serves, "perceptron", "population", "replay" or "closure".
         reason: Why the replay does not serve, or "".
         unchanged: Whether loss and gradient at the start are those that were expected.
     """
@@ -159,7 +160,8 @@ class Replay:
     """What came of the attempt to replay a program.
 
     Attributes:
-        objective: The replay, or the loss of the perceptron as which it was recognised; None where it does not serve.
+        objective: The replay, or the loss of the perceptron, or of infinite data, as which it was recognised; None where it
+            does not serve.
         reason: Why it does not, or "".
         loss: L at the start; that of the replay where it computes in a wider type.
         gradient: ∇L at the start, likewise.
@@ -167,7 +169,7 @@ class Replay:
         found: The gradient of the replay at the start where it was computed, else None.
     """
 
-    objective: FunctionObjective | PerceptronObjective | None
+    objective: FunctionObjective | PerceptronObjective | PopulationObjective | None
     reason: str
     loss: Tensor
     gradient: Tensor
@@ -175,8 +177,10 @@ class Replay:
     found: Tensor | None = None
 
     @property
-    def engine(self) -> Engine:
+    def engine(self) -> str:
         """Which engine serves."""
+        if isinstance(self.objective, PopulationObjective):
+            return "population"
         return "perceptron" if isinstance(self.objective, PerceptronObjective) else "replay"
 
 
@@ -205,6 +209,9 @@ def try_replay(
     wide = any(dtype != layout.dtype for dtype in layout.dtypes)
     known = memory.program is not None and unchanged and not wide
     plain = Replay(None, "", loss, gradient, unchanged)
+    population = population_of(program, layout, counts) if engine == "auto" and processes.size == 1 else None
+    if population is not None and agree(population.loss_and_gradient(theta), (loss, gradient), layout):
+        return replace(plain, objective=population)
     differs = ""
     if engine != "replay" and not (known and memory.perceptron is None):
         tried = _try_perceptron(program, theta, plain, layout, memory, counts, known, processes, engine)

@@ -42,8 +42,9 @@ class FlowStats:
 
     Attributes:
         engine: "perceptron" (what was recorded of the closure or of the loop is the loss of a multi-layer perceptron, whose
-            derivatives are computed in closed form), "replay" (the recorded calls serve all evaluations), "closure" (it is
-            called again) or "fallback" (a loop without a record that serves: one gradient per call, the one in ``.grad``).
+            derivatives are computed in closed form), "population" (the same for the loss of a ``TeacherStudent``), "replay"
+            (the recorded calls serve all evaluations), "closure" (it is called again) or "fallback" (a loop without a record
+            that serves: one gradient per call, the one in ``.grad``).
         engine_reason: Why the replay does not serve, or "".
         kernel: With the engine "perceptron", "numba" (compiled) or "torch"; else "".
         method: The integrator that served last.
