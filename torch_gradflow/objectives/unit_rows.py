@@ -12,7 +12,7 @@ from torch_gradflow.objectives.base import Objective
 
 
 class UnitRows(Objective):
-    """L with w_i/|w_i| in place of w_i: a function on a product of spheres.
+    """L with w_i/‖w_i‖ in place of w_i: a function on a product of spheres.
 
     Its gradient is tangential, so that the flow keeps every |w_i|; from |w_i| = 1 it is the flow on the spheres. The Hessian
     at a critical point has a zero eigenvalue for each w_i, along itself.

@@ -1,6 +1,6 @@
 """What is known in closed form of students and teachers under standard normal input.
 
-Where it says erf, the activation is σ(z) = erf(z/√2), with E[σ(w·x) σ(v·x)] = (2/π) asin(w·v / √((1 + |w|²)(1 + |v|²))).
+Where it says erf, the activation is σ(z) = erf(z/√2), with E[σ(w·x) σ(v·x)] = (2/π) asin(w·v / √((1 + ‖w‖²)(1 + |v|²))).
 Losses are E[(f − f*)²].
 """
 
@@ -57,10 +57,10 @@ def relu_average(k: int) -> tuple[float, float]:
     """The minimum of one ReLU neuron, without bias, that learns k orthonormal ReLU teachers.
 
     It points along their sum. With h(u) = E[relu relu] = (√(1 − u²) + (π − acos u) u)/(2π) of unit neurons at the cosine u,
-    a |w| = 2 k h(1/√k), and the loss is k/2 + k (k − 1)/(2π) − 2 k² h(1/√k)².
+    a ‖w‖ = 2 k h(1/√k), and the loss is k/2 + k (k − 1)/(2π) − 2 k² h(1/√k)².
 
     Returns:
-        a |w|, and the loss.
+        a ‖w‖, and the loss.
     """
     check_count("k", k)
     u = 1 / math.sqrt(k)
