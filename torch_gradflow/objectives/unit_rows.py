@@ -14,7 +14,7 @@ from torch_gradflow.objectives.base import Objective
 class UnitRows(Objective):
     """L with w_i/‖w_i‖ in place of w_i: a function on a product of spheres.
 
-    Its gradient is tangential, so that the flow keeps every |w_i|; from |w_i| = 1 it is the flow on the spheres. The Hessian
+    Its gradient is tangential, so that the flow keeps every ‖w_i‖; from ‖w_i‖ = 1 it is the flow on the spheres. The Hessian
     at a critical point has a zero eigenvalue for each w_i, along itself.
 
     Args:
@@ -79,12 +79,12 @@ class UnitRows(Objective):
         return self._with_rows(theta[:, None], rows / norms)[:, 0], norms
 
     def _tangential(self, unit: Tensor, norms: Tensor, columns: Tensor) -> Tensor:
-        """J V for the symmetric Jacobian J = (I − ûûᵀ)/|w| of each row."""
+        """J V for the symmetric Jacobian J = (I − ûûᵀ)/‖w‖ of each row."""
         u, rows = self._rows(unit[:, None]), self._rows(columns)
         return self._with_rows(columns, (rows - u * (u * rows).sum(1, keepdim=True)) / norms)
 
     def _curvature(self, unit: Tensor, norms: Tensor, gradient: Tensor, columns: Tensor) -> Tensor:
-        """What the second derivatives of w/|w| add: −(û (Pg)ᵀ + (Pg) ûᵀ + (û·g) P)/|w|² times V, with P = I − ûûᵀ."""
+        """What the second derivatives of w/‖w‖ add: −(û (Pg)ᵀ + (Pg) ûᵀ + (û·g) P)/‖w‖² times V, with P = I − ûûᵀ."""
         u, g, rows = self._rows(unit[:, None]), self._rows(gradient[:, None]), self._rows(columns)
         along = (u * g).sum(1, keepdim=True)
         across, of_u = g - along * u, (u * rows).sum(1, keepdim=True)
