@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch_gradflow import PopulationObjective, copy_average, copy_average_loss, integrate, minimize
 
 ENDS = ("best copy–average", "other copy–average", "another minimum", "not a minimum")
-COLORS = ("tab:green", "tab:orange", "tab:blue", "tab:gray")
+COLORS = ("#009E73", "#F0E442", "#0072B2", "#000000")  # of Okabe and Ito (2008), apart in grey, too
 
 
 class Erf(nn.Module):
@@ -111,7 +111,7 @@ def main() -> None:
                 axis.bar(n / k, fraction, 0.8 / k, bottom=bottom, color=color, label=end if n == 1 else None)
                 bottom += fraction
         axis.set(title=f"k = {k} teachers", xlabel="n/k", ylabel="fraction of starts", ylim=(0, 1))
-    axes[0, 0].legend(fontsize=8, loc="lower left")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(ENDS))
     figure.savefig(options.figure, dpi=110)
     print(f"\nFigure: {options.figure}")
 
