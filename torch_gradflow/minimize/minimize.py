@@ -197,22 +197,20 @@ class MinimizeRun:
         undecided = point is not None and point.end == "undecided" and self.status == "converged"
         if not (undecided and self._objective.has_residuals and isinstance(self._method, Auto)):
             return
-        before = self.n_iter
+        before, settled = self.n_iter, False
         try:
-            for _ in islice(steps, min(SETTLING, self._max_iter - self.n_iter)):
-                if (self.n_iter - before) % SETTLED_EVERY == 0 or self.last.stuck:
-                    floor = Floor.at(self._objective, self.last.theta, self.last.loss, self.last.gradient)
-                    if floor.is_zero_loss(self._objective, self.last.loss):
-                        converged = self.last
-                        return
-                if self.last.stuck:
-                    return
+            for iterate in islice(steps, min(SETTLING, self._max_iter - self.n_iter)):
+                if (self.n_iter - before) % SETTLED_EVERY == 0 or iterate.stuck:
+                    floor = Floor.at(self._objective, iterate.theta, iterate.loss, iterate.gradient)
+                    settled = floor.is_zero_loss(self._objective, iterate.loss)
+                if settled or iterate.stuck:
+                    break
         finally:
-            settled = converged is self.last
-            self.last = converged
-            if settled:
-                self._finish("converged", "")
-                self._certify()
+            if not settled:
+                self.last = converged
+        if settled:
+            self._finish("converged", "")
+            self._certify()
 
     def _certify(self) -> None:
         try:
