@@ -193,6 +193,10 @@ def compare(problem: Problem) -> tuple[list[list[str]], dict[str, History], Flow
         cells = [f"{float(loss):.9f}", f"{float(gradient.abs().max()):.1e}", f"{error:.4f}", n_grad, f"{seconds:.1f}"]
         rows.append([name, *cells, certify(objective, theta).kind])
 
+    model = problem.model()  # the first steps compile kernels, which is no part of their cost
+    train(problem, model, GradientFlow(model.parameters(), lr=problem.step), 10, math.inf)
+    train(problem, model, NewtonPolish(model.parameters()), 1, math.inf)
+
     model = problem.model()
     began = time.perf_counter()
     optimizer = GradientFlow(model.parameters(), lr=problem.step)
