@@ -171,7 +171,8 @@ def test_compiled_arithmetic_is_the_plain_one(order: int, n: int) -> None:
     for n_points in range(order + 1, MAX_POINTS + 1):
         times, h = random_times(rng, n_points)
         theta = torch.randn(n_points, n, generator=generator, dtype=torch.float64)
-        arguments = (times, h, order, 0.7 / h, theta, 1e-6, 1e-8)
+        clock = Clock(times[-1] - 1.0, float(rng.uniform(0.1, 10.0)))
+        arguments = (tuple(times), times[0] + h, clock, order, theta, 1e-6, 1e-8)
         plain, compiled = PlainAlgebra().predict(*arguments), bdf_compiled.predict(*arguments)
         assert compiled[0] == pytest.approx(plain[0], rel=1e-13)
         assert compiled[1] == pytest.approx(plain[1], rel=1e-13)
@@ -179,9 +180,9 @@ def test_compiled_arithmetic_is_the_plain_one(order: int, n: int) -> None:
         known = [0, 1, 2, 3, 4] if order > 1 else [0, 1, 3, 4]  # there is no order below the first
         assert torch.allclose(compiled[2][known], plain[2][known], rtol=1e-12, atol=float(1e-16 * size))
         delta, gradient = (torch.randn(n, generator=generator, dtype=torch.float64) for _ in range(2))
-        before = theta.clone()
-        ours = bdf_compiled.finish(delta, gradient, 2.5, order, theta, plain[2])
-        theirs = PlainAlgebra().finish(delta, gradient, 2.5, order, theta, plain[2])
+        before, loss = theta.clone(), torch.tensor(0.7, dtype=torch.float64)
+        ours = bdf_compiled.finish(delta, loss, gradient, 2.5, theta, plain[2])
+        theirs = PlainAlgebra().finish(delta, loss, gradient, 2.5, theta, plain[2])
         assert ours[0] == pytest.approx(theirs[0], rel=1e-11)
         assert ours[1] == pytest.approx(theirs[1], rel=1e-11, abs=1e-11)
         for one, other in zip(ours[2:], theirs[2:], strict=True):
@@ -201,7 +202,7 @@ def test_compiled_factorisation_is_torchs(n: int) -> None:
         hessian = (q * torch.cat([vector(least), torch.logspace(-3, 3, n, dtype=torch.float64)[1:]])) @ q.T
         hessian = 0.5 * (hessian + hessian.T)
         before = hessian.clone()
-        delta = bdf_compiled.solve(hessian, 1.0, gradient, slope)
+        delta = bdf_compiled.solve(hessian, 1.0, gradient, torch.stack([gradient, slope]))
         assert torch.equal(hessian.nan_to_num(), before.nan_to_num())
         assert (delta is not None) == good
         if delta is not None:
@@ -315,6 +316,15 @@ def at(objective: Objective, theta: Tensor, t: float = 0.0) -> Knot:
     return Knot(t, theta, *objective.loss_and_gradient(theta))
 
 
+def predicted(theta: Tensor, slope: Tensor, tolerated: Tensor) -> Tensor:
+    """Rows of a prediction."""
+    return torch.stack([theta, slope, theta, theta, tolerated])
+
+
+# Its time is t itself, to 10 digits.
+LINEAR = Clock(0.0, 1e10)
+
+
 def fixed_steps(order: int, n: int, correct: Callable[[Objective], Corrector]) -> float:
     """The error at t = 2 of equal steps 2/n of that order on θ′ = −θ³, from exact values, by the pieces of ``Bdf``."""
     objective = function(lambda x: 0.25 * (x**4).sum(), 2)
@@ -322,11 +332,11 @@ def fixed_steps(order: int, n: int, correct: Callable[[Objective], Corrector]) -
     corrector, algebra, h = correct(objective), PlainAlgebra(), 2 / n
     theta = torch.stack([exact((order - j) * h) for j in range(order + 1)])
     for i in range(order, n):
-        taus = [(i - j) * h for j in range(len(theta))]
-        alpha, _, rows = algebra.predict(taus, h, order, 1 / h, theta, 1e-6, 1e-8)
-        found = corrector.solve(rows[0], rows[1], alpha / h, rows[4])
+        times = tuple((i - j) * h for j in range(len(theta)))
+        a, _, rows = algebra.predict(times, times[0] + h, LINEAR, order, theta, 1e-6, 1e-8)
+        found = corrector.solve(rows, a)
         assert found is not None
-        theta = algebra.finish(found.delta, found.gradient, alpha / h, order, theta, rows)[2]
+        theta = algebra.finish(found.delta, found.loss, found.gradient, a, theta, rows)[2]
     return float((theta[0] - exact(2.0)).norm())
 
 
@@ -343,7 +353,7 @@ def test_verification_solves_the_equation_itself() -> None:
     theta, slope, tolerated = vector(1.0, 1.0), vector(-0.5, -1.0), torch.full((2,), 1e-3, dtype=torch.float64)
 
     def residual(verify: bool) -> float:
-        found = Direct(objective, verify).solve(theta, slope, 3.0, tolerated)
+        found = Direct(objective, verify).solve(predicted(theta, slope, tolerated), 3.0)
         assert found is not None
         rest = slope + 3.0 * found.delta + objective.loss_and_gradient(theta + found.delta)[1]
         hessian = objective.hessian(theta + found.delta) + 3 * torch.eye(2, dtype=torch.float64)
@@ -356,7 +366,7 @@ def test_verification_gives_up_where_the_iteration_does_not_settle() -> None:
     """A quartic wall right behind the point at which the Hessian was taken."""
     objective = function(lambda x: 1e6 * (x**4).sum(), 1)
     tolerated = vector(1e-9)
-    assert Direct(objective, True).solve(vector(1e-3), vector(-50.0), 1.0, tolerated) is None
+    assert Direct(objective, True).solve(predicted(vector(1e-3), vector(-50.0), tolerated), 1.0) is None
 
 
 def test_loose_tolerances_take_a_second_gradient_and_tight_ones_do_not() -> None:
@@ -513,7 +523,7 @@ def test_steps_too_long_for_an_unstable_mode_have_no_solution(dense: bool, n: in
     )
     for corrector in correctors:
         for a, good in ((1.1, True), (0.9, False), (1.1, True), (1e-3, False)):
-            found = corrector.solve(theta, slope, a, tolerated)
+            found = corrector.solve(predicted(theta, slope, tolerated), a)
             assert (found is not None) == good
             if found is not None:
                 assert torch.allclose(found.delta, -eigenvalues / (eigenvalues + a), atol=1e-7)
@@ -750,7 +760,7 @@ def test_ritz_vectors_approximate_the_inverse() -> None:
     for a in (1.0, 0.5, 0.01):
         theta = torch.randn(n, generator=generator, dtype=torch.float64)
         before = objective.counts.n_hvp
-        found = corrector.solve(theta, torch.zeros_like(theta), a, tolerated)
+        found = corrector.solve(predicted(theta, torch.zeros_like(theta), tolerated), a)
         counts.append(objective.counts.n_hvp - before)
         assert found is not None
         wanted = torch.linalg.solve(hessian + a * torch.eye(n, dtype=torch.float64), -hessian @ theta)
@@ -778,7 +788,7 @@ def test_an_old_eigenbasis_is_replaced_by_its_iteration_counts() -> None:
         q = torch.linalg.matrix_exp(turn * (skew - skew.T))
         objective.h = q @ objective.h @ q.T
         theta = torch.randn(n, generator=generator, dtype=torch.float64)
-        found = corrector.solve(theta, torch.zeros_like(theta), 0.1, tolerated)
+        found = corrector.solve(predicted(theta, torch.zeros_like(theta), tolerated), 0.1)
         assert found is not None
         wanted = torch.linalg.solve(objective.h + 0.1 * torch.eye(n, dtype=torch.float64), -objective.h @ theta)
         assert torch.allclose(found.delta, wanted, atol=1e-7)

@@ -19,7 +19,7 @@ from torch_gradflow.flow import bdf_secant, secant
 from torch_gradflow.flow.bdf_secant import BdfSecant, SecantState, advance, begin, pack, unpack
 from torch_gradflow.flow.dense import Clock, polynomial
 from torch_gradflow.flow.method import Arrival, Span
-from torch_gradflow.flow.secant import Dense, Equation, Iteration, LowRank, Pairs, PlainArithmetic
+from torch_gradflow.flow.secant import SPARE, Dense, Equation, Iteration, LowRank, Pairs, PlainArithmetic
 from torch_gradflow.flow.secant_compiled import CompiledArithmetic
 from torch_gradflow.flow.solution import Knot
 from torch_gradflow.objectives.base import EvaluationCounts, Objective
@@ -442,7 +442,38 @@ def test_low_rank_with_room_for_all_is_the_matrix() -> None:
         torch.testing.assert_close(one(pairs.z[0]), pairs.s[0], rtol=1e-7, atol=1e-8)
     assert low.most_negative()[0] == pytest.approx(dense.most_negative()[0], abs=1e-8)
     again = LowRank.of(low.rows(), n)
-    assert torch.equal(again.vectors, low.vectors) and torch.equal(again.values, low.values)
+    assert torch.equal(again.basis, low.basis) and torch.equal(again.small, low.small)
+
+
+def test_a_low_rank_matrix_grows_until_it_is_truncated_to_its_stiffest_part() -> None:
+    """Rows stay orthonormal, also where pairs lie within their span; truncation keeps the eigenpairs of largest modulus."""
+    n, a, capacity = 60, 1e-2, 10
+    generator, rotation = torch.Generator().manual_seed(3), turned(n)
+    hessian = rotation @ torch.diag(torch.logspace(-4, 3, n, dtype=torch.float64)) @ rotation.T
+    low, sizes = LowRank.nothing(hessian[0], capacity), []
+    for i in range(40):
+        pairs, m = Pairs.none(hessian[0]), 15 if i < 20 else n  # from few directions: many pairs say what is known
+        for _ in range(2):
+            s = rotation[:, -m:] @ torch.randn(m, generator=generator, dtype=torch.float64)
+            joined = pairs.joined(s, hessian @ s + a * s)
+            assert joined is not None
+            pairs = joined
+        low = low.learned(pairs, a)
+        sizes.append(len(low.basis))
+        identity = torch.eye(len(low.basis), dtype=torch.float64)
+        torch.testing.assert_close(low.basis @ low.basis.T, identity, rtol=0, atol=1e-10)
+    assert max(sizes[:20]) < 20 and max(sizes) <= capacity + SPARE
+    assert any(after < before for before, after in pairwise(sizes))
+    truncated, full = low.truncated(), low.basis.T @ low.small @ low.basis
+    values = torch.linalg.eigvalsh(full)
+    known = values[values.abs().argsort(descending=True)[:capacity]]
+    assert len(truncated.basis) == capacity
+    torch.testing.assert_close(truncated.small.diagonal(), known, rtol=1e-9, atol=1e-9)
+    solve, right = low.factor(a), torch.randn(n, generator=generator, dtype=torch.float64)
+    assert solve is not None
+    wanted = torch.linalg.solve(full + a * torch.eye(n, dtype=torch.float64), right)
+    torch.testing.assert_close(solve(right), wanted, rtol=1e-7, atol=1e-8)
+    assert low.corrected(rotation[:, 0], -2 * a).factor(a) is None
 
 
 def test_pairs_solve_as_the_matrix_that_has_learned_them() -> None:
@@ -477,9 +508,9 @@ def test_compiled_iterations_are_those_on_tensors(n: int) -> None:
     few = min(n, 20)
     factors = [
         (plain.factor(0.9 * hessian, a), compiled.factor(0.9 * hessian, a)),
-        (plain.eigen_factor(rotation.T[-few:].contiguous(), 0.8 * eigenvalues[-few:], a),
-         compiled.eigen_factor(rotation.T[-few:].contiguous(), 0.8 * eigenvalues[-few:], a)),
-        (plain.eigen_factor(random(0, n), random(0), a), compiled.eigen_factor(random(0, n), random(0), a)),
+        (plain.low_rank_factor(rotation.T[-few:].contiguous(), 0.8 * eigenvalues[-few:].diag(), a),
+         compiled.low_rank_factor(rotation.T[-few:].contiguous(), 0.8 * eigenvalues[-few:].diag(), a)),
+        (plain.low_rank_factor(random(0, n), random(0, 0), a), compiled.low_rank_factor(random(0, n), random(0, 0), a)),
     ]  # fmt: skip
     for longest in (math.inf, 0.5):
         equation = Equation(torch.cat([random(2, n), random(3, n).abs() + 0.1]), a, longest)

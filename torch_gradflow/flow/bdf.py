@@ -68,14 +68,12 @@ class Corrector(ABC):
     """How the equation of a step is solved; one object per run, with what it keeps from step to step."""
 
     @abstractmethod
-    def solve(self, theta: Tensor, slope: Tensor, a: float, tolerated: Tensor) -> Correction | None:
-        """δ for the predicted point ``theta`` and slope p′; None where the step is too long for an unstable mode.
+    def solve(self, rows: Tensor, a: float) -> Correction | None:
+        """δ for a prediction; None where the step is too long for an unstable mode.
 
         Args:
-            theta: θ_p, shape ``(P,)``.
-            slope: p′, shape ``(P,)``.
+            rows: θ_p, p′, two more, and the sizes of tolerated errors: those of ``PlainAlgebra.predict``, shape ``(5, P)``.
             a: α/h > 0.
-            tolerated: Sizes of tolerated errors, shape ``(P,)``.
         """
 
     @abstractmethod
@@ -95,13 +93,17 @@ class PlainAlgebra:
     """What a step computes from its history besides the solution of its equation, on tensors of any kind."""
 
     def predict(
-        self, taus: list[float], tau: float, order: int, speed: float, theta: Tensor, rtol: float, atol: float
+        self, times: tuple[float, ...], t: float, clock: Clock, order: int, theta: Tensor, rtol: float, atol: float
     ) -> tuple[float, tuple[float, float, float], Tensor]:
-        """α, constants and rows.
+        """α/h, constants and rows, for a step from ``times[0]`` to t.
 
         The constants are those of ``Formula`` for the orders k − 1, k, k + 1 (0 where there is no such order, or too few
-        points); the rows p_k, ``speed`` times its slope, p_{k−1}, p_{k+1} and the tolerated errors, shape ``(5, P)``.
+        points); the rows p_k, its slope in t, p_{k−1}, p_{k+1} and the tolerated errors, shape ``(5, P)``.
         """
+        now = times[0]
+        # Reckoned from the newest one on: differences of large numbers would be lost.
+        taus, tau = [0.0, *(-clock.between(other, now) for other in times[1:])], clock.between(now, t)
+        speed = clock.rate(t) / tau
         plan = formula(taus, tau, order)
         wanted = (plan.predictor, [weight * speed for weight in plan.slope], plan.lower or [], plan.higher or [])
         rows = theta.new_tensor([row + [0.0] * (theta.shape[0] - len(row)) for row in wanted]) @ theta
@@ -110,22 +112,22 @@ class PlainAlgebra:
             plan.constants[1],
             plan.constants[2] if plan.higher is not None else 0.0,
         )
-        return plan.alpha, constants, torch.cat([rows, weights(rtol, atol, theta[0], rows[0])[None]])
+        return plan.alpha * speed, constants, torch.cat([rows, weights(rtol, atol, theta[0], rows[0])[None]])
 
     def finish(
-        self, delta: Tensor, gradient: Tensor, a: float, order: int, theta: Tensor, rows: Tensor
-    ) -> tuple[tuple[float, float, float], float, Tensor, Tensor, Tensor]:
-        """What follows from δ and the gradient at the predicted point.
+        self, delta: Tensor, loss: Tensor, gradient: Tensor, a: float, theta: Tensor, rows: Tensor
+    ) -> tuple[tuple[float, float, float], float, Tensor, Tensor, Tensor, Tensor]:
+        """What follows from δ, and loss and gradient at the predicted point.
 
-        The sizes of θ − p_j for j = k − 1, k, k + 1 in units of the tolerance; by how much the loss differs from that at
-        the predicted point; the new history; its first row, θ; the gradient there.
+        The sizes of θ − p_j for j = k − 1, k, k + 1 in units of the tolerance; the loss at θ as a number; the new history;
+        its first row, θ; the loss and the gradient there.
         """
         new = rows[0] + delta
         slope = -(rows[1] + a * delta)
         apart = (new - rows[[2, 0, 3]]) / rows[4]
         low, own, high = apart.square_().mean(1).sqrt_().tolist()
-        change = 0.5 * float((gradient + slope) @ delta)
-        return (low, own, high), change, torch.cat([new[None], theta[: MAX_POINTS - 1]]), new, slope
+        loss = loss + 0.5 * ((gradient + slope) @ delta)
+        return (low, own, high), float(loss), torch.cat([new[None], theta[: MAX_POINTS - 1]]), new, loss, slope
 
 
 class CompiledAlgebra:
@@ -162,11 +164,11 @@ class Direct(Corrector):
         few = isinstance(algebra, CompiledAlgebra) and objective.n_parameters <= algebra.module.CHOLESKY_LIMIT
         self._compiled = algebra.module if isinstance(algebra, CompiledAlgebra) and few else None
 
-    def solve(self, theta: Tensor, slope: Tensor, a: float, tolerated: Tensor) -> Correction | None:
+    def solve(self, rows: Tensor, a: float) -> Correction | None:
         """See ``Corrector``."""
-        loss, gradient, hessian = self._objective.loss_gradient_hessian(theta)
+        loss, gradient, hessian = self._objective.loss_gradient_hessian(rows[0])
         if self._compiled is not None and not self._verify:
-            delta = self._compiled.solve(hessian, a, gradient, slope)
+            delta = self._compiled.solve(hessian, a, gradient, rows)
             return None if delta is None else Correction(delta, loss, gradient)
         diagonal = hessian.diagonal()
         kept = diagonal.clone()
@@ -175,23 +177,21 @@ class Direct(Corrector):
         diagonal.copy_(kept)  # the objective may keep it
         if int(failed):
             return None
-        delta = _solve(factor, -(gradient + slope))
+        delta = _solve(factor, -(gradient + rows[1]))
         if self._verify:
-            return self._verified(theta, slope, a, tolerated, factor, Correction(delta, loss, gradient))
+            return self._verified(rows, a, factor, Correction(delta, loss, gradient))
         return Correction(delta, loss, gradient)
 
     def failed(self) -> None:
         """Nothing is kept that could be to blame."""
 
-    def _verified(
-        self, theta: Tensor, slope: Tensor, a: float, tolerated: Tensor, factor: Tensor, found: Correction
-    ) -> Correction | None:
+    def _verified(self, rows: Tensor, a: float, factor: Tensor, found: Correction) -> Correction | None:
         """Simplified Newton iterations until they change less than a tenth of the tolerance; None if they do not settle."""
         delta, before = found.delta, math.inf
         for _ in range(4):
-            _, gradient = self._objective.loss_and_gradient(theta + delta)
-            change = _solve(factor, -(gradient + slope + a * delta))
-            size = norm(change, tolerated)
+            _, gradient = self._objective.loss_and_gradient(rows[0] + delta)
+            change = _solve(factor, -(gradient + rows[1] + a * delta))
+            size = norm(change, rows[4])
             delta = delta + change
             if size < 0.1:
                 return Correction(delta, found.loss, found.gradient)
@@ -277,7 +277,6 @@ class _March:
             self.times, self._theta, self._degree = (start.t,), start.theta[None], 0
             self._control = OrderControl()
             self._clock = Clock(start.t, UNIT * self._h)
-        self._taus = self._reckoned()
 
     def stuck(self) -> bool:
         """Whether the step size is below what moves the clock."""
@@ -290,32 +289,28 @@ class _March:
         h = min(approaches(t, self._h, self._span.t_end), self._span.max_step)
         t_new = self._span.t_end if h == self._span.t_end - t else t + h
         order = min(self._control.order, max(1, len(self.times) - 1))
-        current = self._theta[0]
+        rtol, atol = self._span.rtol, self._span.atol
         if len(self.times) == 1:
             constants = (0.0, 0.5, 0.0)
-            a, slope = 1 / h, self._slope0
+            a, slope, current = 1 / h, self._slope0, self._theta[0]
             predicted = current + h * slope
-            tolerated = weights(self._span.rtol, self._span.atol, current, predicted)
+            tolerated = weights(rtol, atol, current, predicted)
             rows = torch.stack([predicted, slope, predicted, predicted, tolerated])
         else:
-            taus, tau = self._taus, clock.between(t, t_new)
-            speed = clock.rate(t_new) / tau
-            alpha, constants, rows = self._algebra.predict(
-                taus, tau, order, speed, self._theta, self._span.rtol, self._span.atol
-            )
-            a = alpha * speed
-        predicted, slope, _, _, tolerated = rows.unbind()
-        found = self._corrector.solve(predicted, slope, a, tolerated)
+            a, constants, rows = self._algebra.predict(self.times, t_new, clock, order, self._theta, rtol, atol)
+        found = self._corrector.solve(rows, a)
         if found is None:
             return self._reject(math.inf, h, self.error)
-        norms, change, theta, new, gradient = self._algebra.finish(found.delta, found.gradient, a, order, self._theta, rows)
-        low, own, high = (norm * c for norm, c in zip(norms, constants, strict=True))
-        loss = found.loss + change
-        if not own <= 1 or not math.isfinite(float(loss)):
+        (low, own, high), value, theta, new, loss, gradient = self._algebra.finish(
+            found.delta, found.loss, found.gradient, a, self._theta, rows
+        )
+        below, here, above = constants
+        own *= here
+        if not own <= 1 or not math.isfinite(value):
             error = own if own > 1 else math.inf
             return self._reject(error, h, error)
         control = OrderControl(order, self._control.n_steps, self._control.n_rejected)
-        lower, higher = low if constants[0] else None, high if constants[2] else None
+        lower, higher = low * below if below else None, high * above if above else None
         factor, self._control = control.accepted(own, lower, higher, len(self.times) == 1)
         self._knot, self._approximate = Knot(t_new, new, loss, gradient), True
         self.times, self._theta = (t_new, *self.times[: MAX_POINTS - 1]), theta
@@ -323,8 +318,7 @@ class _March:
         self.error = own
         self._order = order
         self.n_accepted += 1
-        self._taus = self._reckoned()
-        longer = clock.after(t_new, -factor * self._taus[1])
+        longer = clock.after(t_new, factor * clock.between(t, t_new))
         # A step that was cut to end somewhere says nothing against the step size that was wanted.
         self._h = max(self._h, longer) if h < self._h else longer
         return True
@@ -336,14 +330,9 @@ class _March:
         factor, self._control = self._control.rejected(error)
         if self._control.n_rejected >= 3 and len(self.times) > 2:
             # The past says nothing any more.
-            self.times, self._theta, self._taus = self.times[:2], self._theta[:2], self._taus[:2]
+            self.times, self._theta = self.times[:2], self._theta[:2]
         self._h = h * factor
         return False
-
-    def _reckoned(self) -> list[float]:
-        """Logarithmic times of the accepted points, from the newest on: differences of large numbers would be lost."""
-        now = self.times[0]
-        return [0.0, *(-self._clock.between(t, now) for t in self.times[1:])]
 
     def _interpolant(self) -> Interpolant:
         times, theta, clock = self.times[: self._degree + 1], self._theta, self._clock

@@ -172,8 +172,9 @@ class ConjugateGradients(Corrector):
         self._objective = objective
         self._known = preconditioner
 
-    def solve(self, theta: Tensor, slope: Tensor, a: float, tolerated: Tensor) -> Correction | None:
+    def solve(self, rows: Tensor, a: float) -> Correction | None:
         """See ``Corrector``."""
+        theta, slope, tolerated = rows[0], rows[1], rows[4]
         if isinstance(self._known, Eigenbasis) and self._known.stale:
             return self._solve_densely(self._known, theta, slope, a)
         loss, gradient = self._objective.loss_and_gradient(theta)

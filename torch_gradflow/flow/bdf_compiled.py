@@ -1,8 +1,9 @@
 """The arithmetic of a backward differentiation step, compiled: for few parameters in float64 on a CPU.
 
 With some dozens of parameters a step is forty tensor operations on a few numbers each: 200 µs of calls around 10 µs of work,
-as much as a gradient with its Hessian takes for a thousand samples. Here it is three passes over the tensors' memory. They
-do what ``multistep.formula`` and ``bdf.PlainAlgebra`` do; tests compare them.
+as much as a gradient with its Hessian takes for a thousand samples. Here it is three passes over the tensors' memory, which
+are given as addresses: as arguments, arrays cost as much as the work. They do what ``multistep.formula`` and
+``bdf.PlainAlgebra`` do; tests compare them.
 """
 
 import math
@@ -13,7 +14,9 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from torch_gradflow.flow.dense import Clock
 from torch_gradflow.flow.multistep import MAX_POINTS
+from torch_gradflow.perceptron.vector_math import numbers_at
 
 # Up to so many parameters the compiled factorisation is faster than LAPACK's with its calls.
 CHOLESKY_LIMIT = 64
@@ -25,13 +28,20 @@ def _compiled(function: Any) -> Any:
 
 
 @_compiled
-def _predict(taus: Any, n: int, tau: float, order: int, speed: float, theta: Any, rtol: float, atol: float, out: Any) -> Any:
-    """Rows of ``out``: p_k, its slope, p_{k−1}, p_{k+1} (as far as they exist), tolerated errors. Returns α and 1/reach."""
+def _predict(
+    times: Any, n: int, t: float, origin: float, unit: float, order: int, theta_at: int, size: int, rtol: float, atol: float,
+    out_at: int,
+) -> Any:  # fmt: skip
+    """Rows of ``out``: p_k, its slope, p_{k−1}, p_{k+1} (as far as they exist), tolerated errors. Returns a and 1/reach."""
+    theta, out = numbers_at(theta_at, n * size).reshape(n, size), numbers_at(out_at, 5 * size).reshape(5, size)
     m = min(order + 2, n)
     ages = np.empty(_N)
     reach = np.empty(_N)
+    now = times[0]
+    tau = math.log1p((t - now) / (now - origin + unit))
+    speed = 1 / (t - origin + unit) / tau
     for j in range(m):
-        ages[j] = (taus[0] - taus[j]) / tau
+        ages[j] = math.log1p((now - times[j]) / (times[j] - origin + unit)) / tau
         reach[j] = 1.0 + ages[j]
     weights = np.zeros(_N)
     table = np.zeros((4, _N))
@@ -55,7 +65,6 @@ def _predict(taus: Any, n: int, tau: float, order: int, speed: float, theta: Any
     alpha = 0.0
     for j in range(order):
         alpha += 1 / reach[j]
-    size = theta.shape[1]
     out[:4] = 0.0
     for row in range(4):
         for i in range(m):
@@ -66,13 +75,19 @@ def _predict(taus: Any, n: int, tau: float, order: int, speed: float, theta: Any
     for p in range(size):
         largest = max(abs(theta[0, p]), abs(out[0, p]))
         out[4, p] = max(atol + rtol * largest, 2.2250738585072014e-308)
-    return alpha, 1 / reach[order - 1], 1 / reach[order], (1 / reach[order + 1] if m > order + 1 else 0.0)
+    higher = 1 / reach[order + 1] if m > order + 1 else 0.0
+    return alpha * speed, (1 / reach[order - 1] if order > 1 else 0.0), 1 / reach[order], higher
 
 
 @_compiled
-def _finish(delta: Any, gradient: Any, a: float, order: int, theta: Any, out: Any, after: Any) -> Any:
-    """Writes the new history and, last, the new gradient into ``after``; returns error norms and the change of the loss."""
-    size = theta.shape[1]
+def _finish(
+    delta_at: int, loss_at: int, gradient_at: int, a: float, theta_at: int, rows_at: int, size: int,
+    history_at: int, kept: int, new_gradient_at: int, new_loss_at: int,
+) -> Any:  # fmt: skip
+    """Writes the new history, gradient and loss; returns error norms and that loss."""
+    delta, gradient = numbers_at(delta_at, size), numbers_at(gradient_at, size)
+    theta, out = numbers_at(theta_at, (kept - 1) * size), numbers_at(rows_at, 5 * size).reshape(5, size)
+    history, new_gradient = numbers_at(history_at, kept * size), numbers_at(new_gradient_at, size)
     low = own = high = change = 0.0
     for p in range(size):
         d = delta[p]
@@ -83,18 +98,20 @@ def _finish(delta: Any, gradient: Any, a: float, order: int, theta: Any, out: An
         high += ((new - out[3, p]) * scale) ** 2
         slope = -(out[1, p] + a * d)
         change += 0.5 * (gradient[p] + slope) * d
-        after[0, p] = new
-        after[after.shape[0] - 1, p] = slope
-    for i in range(after.shape[0] - 2):
-        for p in range(size):
-            after[i + 1, p] = theta[i, p]
-    return math.sqrt(low / size), math.sqrt(own / size), math.sqrt(high / size), change
+        history[p] = new
+        new_gradient[p] = slope
+    for i in range((kept - 1) * size):
+        history[size + i] = theta[i]
+    loss = numbers_at(loss_at, 1)[0] + change
+    numbers_at(new_loss_at, 1)[0] = loss
+    return math.sqrt(low / size), math.sqrt(own / size), math.sqrt(high / size), loss
 
 
 @_compiled
-def _solve(hessian: Any, a: float, gradient: Any, slope: Any, delta: Any) -> bool:
+def _solve(hessian_at: int, a: float, gradient_at: int, rows_at: int, delta_at: int, size: int) -> bool:
     """δ = −(H + a)⁻¹ (g + p′) by a Cholesky factorisation; whether that is positive definite."""
-    size = delta.shape[0]
+    hessian = numbers_at(hessian_at, size * size).reshape(size, size)
+    gradient, slope, delta = numbers_at(gradient_at, size), numbers_at(rows_at, 2 * size)[size:], numbers_at(delta_at, size)
     factor = np.empty((size, size))
     for i in range(size):
         for j in range(i):
@@ -121,28 +138,38 @@ def _solve(hessian: Any, a: float, gradient: Any, slope: Any, delta: Any) -> boo
 
 
 def predict(
-    taus: list[float], tau: float, order: int, speed: float, theta: Tensor, rtol: float, atol: float
+    times: tuple[float, ...], t: float, clock: Clock, order: int, theta: Tensor, rtol: float, atol: float
 ) -> tuple[float, tuple[float, float, float], Tensor]:
-    """α, 1/reach for the orders k − 1, k, k + 1 (0 where there are no points), and the rows that ``_predict`` names."""
-    out = np.empty((5, theta.shape[1]))
-    alpha, *constants = _predict(np.array(taus), len(taus), tau, order, speed, theta.numpy(), rtol, atol, out)
-    low, own, high = constants
-    return alpha, (low if order > 1 else 0.0, own, high), torch.from_numpy(out)
+    """a = α/h, 1/reach for the orders k − 1, k, k + 1 (0 where there are no points), and the rows that ``_predict`` names."""
+    n, size = theta.shape
+    rows = torch.from_numpy(np.empty((5, size)))
+    a, *constants = _predict(
+        np.array(times), n, t, clock.origin, clock.unit, order, theta.data_ptr(), size, rtol, atol, rows.data_ptr()
+    )
+    return a, (constants[0], constants[1], constants[2]), rows
 
 
 def finish(
-    delta: Tensor, gradient: Tensor, a: float, order: int, theta: Tensor, out: Tensor
-) -> tuple[tuple[float, float, float], float, Tensor, Tensor, Tensor]:
-    """Error norms at the orders below, own and above; by how much the loss changes; the new history; θ; the gradient there."""
-    kept = min(theta.shape[0] + 1, _N)
-    after = np.empty((kept + 1, theta.shape[1]))
-    low, own, high, change = _finish(delta.numpy(), gradient.numpy(), a, order, theta.numpy(), out.numpy(), after)
-    rows = torch.from_numpy(after[:kept]), torch.from_numpy(after[0]), torch.from_numpy(after[kept])
-    return (low, own, high), change, *rows
+    delta: Tensor, loss: Tensor, gradient: Tensor, a: float, theta: Tensor, rows: Tensor
+) -> tuple[tuple[float, float, float], float, Tensor, Tensor, Tensor, Tensor]:
+    """Error norms at the orders below, own and above; L at θ as a number; the new history; θ, L and the gradient there."""
+    n, size = theta.shape
+    kept = min(n + 1, _N)
+    gradient = gradient.contiguous()
+    rows_after = np.empty((kept, size))
+    history, new = torch.from_numpy(rows_after), torch.from_numpy(rows_after[0])
+    new_gradient, new_loss = torch.from_numpy(np.empty(size)), torch.from_numpy(np.empty(()))
+    low, own, high, value = _finish(
+        delta.data_ptr(), loss.data_ptr(), gradient.data_ptr(), a, theta.data_ptr(), rows.data_ptr(), size,
+        new.data_ptr(), kept, new_gradient.data_ptr(), new_loss.data_ptr(),
+    )  # fmt: skip
+    return (low, own, high), value, history, new, new_loss, new_gradient
 
 
-def solve(hessian: Tensor, a: float, gradient: Tensor, slope: Tensor) -> Tensor | None:
-    """δ = −(H + a)⁻¹ (g + p′), or None where H + a is not positive definite."""
-    delta = np.empty(gradient.shape)
-    good = _solve(hessian.numpy(), a, gradient.numpy(), slope.numpy(), delta)
-    return torch.from_numpy(delta) if good else None
+def solve(hessian: Tensor, a: float, gradient: Tensor, rows: Tensor) -> Tensor | None:
+    """δ = −(H + a)⁻¹ (g + p′), or None where H + a is not positive definite; ``rows`` begins with θ_p and p′."""
+    size = gradient.shape[0]
+    delta = torch.from_numpy(np.empty(size))
+    hessian, gradient = hessian.contiguous(), gradient.contiguous()
+    good = _solve(hessian.data_ptr(), a, gradient.data_ptr(), rows.data_ptr(), delta.data_ptr(), size)
+    return delta if good else None

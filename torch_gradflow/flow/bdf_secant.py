@@ -381,7 +381,7 @@ def _arrived(state: SecantState, iteration: Iteration, limits: Limits) -> tuple[
     step = state.step
     delta = iteration.delta
     algebra = algebra_for(delta.device, delta.dtype, delta.shape[0])
-    norms, _, theta, _, gradient = algebra.finish(delta, iteration.found, step.a, step.order, state.theta, step.rows)
+    norms, _, theta, _, _, gradient = algebra.finish(delta, delta[0], iteration.found, step.a, state.theta, step.rows)
     low, own, high = (size * constant for size, constant in zip(norms, step.constants, strict=True))
     if not own <= 1:
         return _rejected(replace(state, iteration=iteration), own if math.isfinite(own) else math.inf, limits), "rejected"
@@ -452,11 +452,9 @@ def _step(state: SecantState, h: float, limits: Limits) -> Step:
         rows = torch.stack([predicted, slope, predicted, predicted, tolerated])
         return Step(h, t, 1, 1 / h, (0.0, 0.5, 0.0), rows, state.secant.factor(1 / h))
     order = min(state.control.order, len(times) - 1)
-    taus, tau = [0.0, *(-clock.between(s, times[0]) for s in times[1:])], clock.between(times[0], t)
-    speed = clock.rate(t) / tau
     algebra = algebra_for(theta.device, theta.dtype, theta.shape[1])
-    alpha, constants, rows = algebra.predict(taus, tau, order, speed, theta, limits.rtol, limits.atol)
-    return Step(h, t, order, alpha * speed, constants, rows, state.secant.factor(alpha * speed))
+    a, constants, rows = algebra.predict(times, t, clock, order, theta, limits.rtol, limits.atol)
+    return Step(h, t, order, a, constants, rows, state.secant.factor(a))
 
 
 def _compare(state: SecantState, gradient: Tensor, limits: Limits) -> tuple[SecantState, Verdict]:

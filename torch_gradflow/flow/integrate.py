@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from itertools import pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -160,6 +160,7 @@ def _with_error(
 # What an accepted point changes in a ``FlowRun``, besides the lists that grow.
 _CHANGING = (
     "last",
+    "_before",
     "_last_step",
     "_last_order",
     "_approximate",
@@ -172,6 +173,7 @@ _CHANGING = (
     "_next_eval",
     "_next_sample",
 )
+_changing = attrgetter(*_CHANGING)
 
 
 class FlowRun:
@@ -226,7 +228,8 @@ class FlowRun:
             raise FloatingPointError(f"loss {float(loss)} or its gradient is not finite at theta0; start elsewhere.")
         first = Knot(self._t0, theta0.detach().clone(), loss, gradient)
         self.last = first
-        self._last_move = torch.zeros_like(first.theta)
+        # The accepted point before the last one.
+        self._before = first
         self._last_step, self._last_order = math.nan, 0
         self._approximate = False
         # The last accepted points that interpolate by their slopes, each with whether its slope is approximate, and the order
@@ -276,9 +279,9 @@ class FlowRun:
                 self.status, self.message = "stopped", reason
                 return
             end = self._integrate()
-            with self._wholly():
+            with _Wholly(self):
                 if end.knot.t > self.last.t:
-                    self._last_move = end.knot.theta - self.last.theta
+                    self._before = self.last
                     self._last_step, self._last_order = end.knot.t - self.last.t, end.order
                 self.last = replace_gradient(end.knot, self._objective) if end.approximate else end.knot
                 self._approximate = False
@@ -290,7 +293,8 @@ class FlowRun:
             self.status, self.message = self._describe(end)
             self._save()
             elapsed = self.last.t - self._t0
-            note = rounding_note(self._objective, self.last.theta, self._last_move, elapsed, self._rtol)
+            move = self.last.theta - self._before.theta
+            note = rounding_note(self._objective, self.last.theta, move, elapsed, self._rtol)
             self.message = f"{self.message} {note}".rstrip()
         except KeyboardInterrupt:
             self._save()
@@ -371,9 +375,9 @@ class FlowRun:
         return self.method.run(self._objective, self.last, span, self._visit, self._memory)
 
     def _visit(self, arrival: Arrival) -> bool:
-        with self._wholly():
+        with _Wholly(self):
             previous, self.last, self._approximate = self.last, arrival.knot, arrival.approximate
-            self._last_move = arrival.knot.theta - previous.theta
+            self._before = previous
             self._last_step, self._last_order = arrival.knot.t - previous.t, arrival.order
             self._n_accepted += 1
             self._step_size = arrival.step_size
@@ -395,28 +399,17 @@ class FlowRun:
         self._stopped_by = reason or ""
         return reason is not None
 
-    @contextmanager
-    def _wholly(self) -> Iterator[None]:
-        """What an exception interrupts within is undone: a checkpoint holds the state of one point, not half of the next."""
-        lists: tuple[list[Any] | None, ...] = (self._energy, self._samples, self._knots, self._interpolants)
-        lengths = [0 if entries is None else len(entries) for entries in lists]
-        kept = {name: getattr(self, name) for name in _CHANGING}
-        try:
-            yield
-        except BaseException:
-            for entries, length in zip(lists, lengths, strict=True):
-                if entries is not None:
-                    del entries[length:]
-            for name, value in kept.items():
-                setattr(self, name, value)
-            raise
-
     def _make_exact(self) -> None:
         if self._approximate:
             self.last, self._approximate = replace_gradient(self.last, self._objective), False
 
     def _note_energy(self, knot: Knot) -> None:
-        self._energy.append((knot.t, float(knot.loss), float(knot.gradient @ knot.gradient)))
+        self._energy.append((knot.t, float(knot.loss), float(knot.gradient.dot(knot.gradient))))
+
+    def changing(self) -> tuple[tuple[list[Any] | None, ...], tuple[int, ...], tuple[Any, ...]]:
+        """The lists that grow, their lengths, and the rest of what an accepted point changes."""
+        lists = self._energy, self._samples, self._knots, self._interpolants
+        return lists, tuple([0 if entries is None else len(entries) for entries in lists]), _changing(self)
 
     def _note_path(self, knot: Knot, interpolant: Interpolant | None) -> None:
         if self._knots is not None and knot.t > self._knots[-1].t:
@@ -458,6 +451,7 @@ class FlowRun:
             )
         device = self._objective.device
         self.last, self._approximate = unpack_knot(state["last"], device), state["approximate"]
+        self._before = self.last
         self._step_size, self._memory = state["step_size"], unpack_memory(state["memory"], device)
         self._last_step, self._last_order = state["last_step"]
         self._samples = [
@@ -569,6 +563,28 @@ class FlowRun:
         if end.status == "visit":
             return "stopped", self._stopped_by
         return end.status, failure_message(end) + (f" {end.note}" if end.note else "")
+
+
+class _Wholly:
+    """What an exception interrupts within is undone: a checkpoint holds the state of one point, not half of the next.
+
+    (A generator with ``contextmanager`` would take longer than a step of the smallest networks.)
+    """
+
+    def __init__(self, run: FlowRun) -> None:
+        self._run = run
+
+    def __enter__(self) -> None:
+        self._lists, self._lengths, self._kept = self._run.changing()
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> None:
+        if kind is None:
+            return
+        for entries, length in zip(self._lists, self._lengths, strict=True):
+            if entries is not None:
+                del entries[length:]
+        for name, value in zip(_CHANGING, self._kept, strict=True):
+            setattr(self._run, name, value)
 
 
 def failure_message(end: RunEnd) -> str:

@@ -42,6 +42,10 @@ INDEPENDENT = 1e-3
 SAME, ORTHOGONAL = 100.0, 0.75
 # So many pairs are kept apart from B within a step.
 STACK = 8
+# A direction that is this small, in units of ε and of the rows that show it, is rounding.
+ROUNDING = 1e3
+# So many rows more than its eigenpairs a low-rank matrix may have before it is truncated.
+SPARE = 32
 # Beyond so many parameters the calls of tensor operations no longer count.
 COMPILED_LIMIT = 2000
 
@@ -216,8 +220,8 @@ class Arithmetic(ABC):
         """How to solve with ``matrix`` + a I; None if that is not positive definite."""
 
     @abstractmethod
-    def eigen_factor(self, vectors: Tensor, values: Tensor, a: float) -> Solve:
-        """How to solve with B + a I, where B = Σ λ_i u_i u_iᵀ."""
+    def low_rank_factor(self, basis: Tensor, small: Tensor, a: float) -> Solve | None:
+        """How to solve with Uᵀ S U + a I, where U has orthonormal rows; None if that is not positive definite."""
 
     @abstractmethod
     def corrected(self, matrix: Tensor, a: float, pairs: Pairs) -> Tensor | None:
@@ -246,10 +250,17 @@ class PlainArithmetic(Arithmetic):
             return None
         return lambda right: torch.cholesky_solve(right[:, None], factor)[:, 0]
 
-    def eigen_factor(self, vectors: Tensor, values: Tensor, a: float) -> Solve:
+    def low_rank_factor(self, basis: Tensor, small: Tensor, a: float) -> Solve | None:
         """See ``Arithmetic``."""
-        change = -values / (a * (values + a))
-        return lambda right: right / a + (change * (vectors @ right)) @ vectors
+        within = self.factor(small, a)
+        if within is None:
+            return None
+
+        def solve(right: Tensor) -> Tensor:
+            inside = basis @ right
+            return right / a + (within(inside) - inside / a) @ basis
+
+        return solve
 
     def corrected(self, matrix: Tensor, a: float, pairs: Pairs) -> Tensor | None:
         """See ``Arithmetic``."""
@@ -352,38 +363,38 @@ class Dense(Secant):
 
 @dataclass(frozen=True)
 class LowRank(Secant):
-    """The eigenpairs of B of largest modulus, for P too large for a matrix: (r + 1) P numbers, O(r² P) operations per step.
+    """B = Uᵀ S U with few rows U, for P too large for a matrix: O(r P) numbers, O(r P) operations per solution.
 
-    What is forgotten is what is soft; a direction that is not, while a stiff one is needed, costs an iteration to learn it
-    again. (Pairs of which the oldest are forgotten, as usual, lose stiff directions: with 20 pairs for 151 parameters an
-    integration did not arrive in 20,000 gradients, with 20 eigenpairs it took 1710.)
+    New pairs add rows; when there are more than r and some, only the r eigenpairs of largest modulus are kept. (To keep r
+    always takes a decomposition per step: on 601 parameters that was half of all time.) What is forgotten is what is soft; a
+    direction that is not, while a stiff one is needed, costs an iteration to learn it again. (Pairs of which the oldest are
+    forgotten, as usual, lose stiff directions: with 20 pairs for 151 parameters an integration did not arrive in 20,000
+    gradients, with 20 eigenpairs it took 1710.)
 
     Attributes:
-        vectors: Orthonormal rows u_i, shape ``(n, P)`` with n ≤ r.
-        values: λ_i, shape ``(n,)``; B = Σ λ_i u_i u_iᵀ.
+        basis: U, orthonormal rows, shape ``(n, P)`` with n ≤ r + ``SPARE``.
+        small: S, symmetric, shape ``(n, n)``.
         capacity: r.
     """
 
-    vectors: Tensor
-    values: Tensor
+    basis: Tensor
+    small: Tensor
     capacity: int
 
     @classmethod
     def nothing(cls, like: Tensor, capacity: int) -> LowRank:
         """B = 0."""
-        return cls(like.new_zeros(0, len(like)), like.new_zeros(0), capacity)
+        return cls(like.new_zeros(0, len(like)), like.new_zeros(0, 0), capacity)
 
     def factor(self, a: float) -> Solve | None:
         """See ``Secant``."""
-        if len(self.values) and not float(self.values.min()) > -(1 - 1e-8) * a:
-            return None
-        return arithmetic_for(self.vectors).eigen_factor(self.vectors, self.values, a)
+        return arithmetic_for(self.basis).low_rank_factor(self.basis, self.small, a)
 
     def learned(self, pairs: Pairs, a: float) -> LowRank:
         """See ``Secant``."""
         if not len(pairs):
             return self
-        image = a * pairs.s + (pairs.s @ self.vectors.T * self.values) @ self.vectors
+        image = a * pairs.s + (pairs.s @ self.basis.T @ self.small) @ self.basis
         changes = _changes(image, pairs)
         if changes is None:
             return self.learned(pairs.newest(), a) if len(pairs) > 1 else self
@@ -391,46 +402,56 @@ class LowRank(Secant):
 
     def most_negative(self) -> tuple[float, Tensor]:
         """See ``Secant``."""
-        i = int(self.values.argmin())
-        return float(self.values[i]), self.vectors[i]
+        values, vectors = torch.linalg.eigh(self.small)
+        return float(values[0]), vectors[:, 0] @ self.basis
 
     def corrected(self, direction: Tensor, curvature: float) -> LowRank:
         """See ``Secant``."""
-        missing = curvature - float(self.values @ (self.vectors @ direction).square())
+        inside = self.basis @ direction
+        missing = curvature - float(inside @ (self.small @ inside))
         row = direction[None] * abs(missing) ** 0.5
         nothing = row[:0]
         return self._added(row, nothing) if missing > 0 else self._added(nothing, row)
 
     def rows(self) -> Tensor:
-        """See ``Secant``: the u_i, and the λ_i at the beginning of the last row."""
-        last = self.vectors.new_zeros(1, self.vectors.shape[1])
-        last[0, : len(self.values)] = self.values
-        return torch.cat([self.vectors, last])
+        """See ``Secant``: U, and below it S."""
+        below = self.basis.new_zeros(self.basis.shape)
+        below[:, : len(self.small)] = self.small
+        return torch.cat([self.basis, below])
 
     @classmethod
     def of(cls, rows: Tensor, capacity: int) -> LowRank:
         """The inverse of ``rows``."""
-        return cls(rows[:-1].contiguous(), rows[-1, : len(rows) - 1].clone(), capacity)
+        n = len(rows) // 2
+        return cls(rows[:n].contiguous(), rows[n:, :n].contiguous(), capacity)
 
     def _added(self, gained: Tensor, lost: Tensor) -> LowRank:
-        """B + Gᵀ G − Lᵀ L, truncated."""
-        rows = torch.cat([gained, lost])
-        inside = rows @ self.vectors.T
-        rest = rows - inside @ self.vectors
-        again = rest @ self.vectors.T
-        basis, upper = torch.linalg.qr((rest - again @ self.vectors).T)
-        parts = torch.cat([inside + again, upper.T], dim=1)
+        """B + Gᵀ G − Lᵀ L."""
+        rows, n = torch.cat([gained, lost]), len(self.basis)
+        inside = rows @ self.basis.T
+        new, upper = torch.linalg.qr((rows - inside @ self.basis).T)
+        # Of rows that lie within the span nearly, what is left is not quite orthogonal to it before it is made so again.
+        within = self.basis @ new
+        new, again = torch.linalg.qr(new - self.basis.T @ within)
+        outside = (again @ upper).T
+        # Where nothing but rounding errors is left, there is no new direction.
+        found = outside.square().sum(0) > (ROUNDING * torch.finfo(rows.dtype).eps) ** 2 * rows.square().sum()
+        new, outside = new[:, found], outside[:, found]
+        parts = torch.cat([inside + (within @ upper).T, outside], dim=1)
         signs = torch.cat([parts.new_ones(len(gained)), -parts.new_ones(len(lost))])
         small = (parts * signs[:, None]).T @ parts
-        small.diagonal()[: len(self.values)] += self.values
-        values, vectors = torch.linalg.eigh(0.5 * (small + small.T))
+        small[:n, :n] += self.small
+        grown = LowRank(torch.cat([self.basis, new.T]), 0.5 * (small + small.T), self.capacity)
+        return grown if len(small) <= min(self.capacity + SPARE, rows.shape[1]) else grown.truncated()
+
+    def truncated(self) -> LowRank:
+        """The eigenpairs of largest modulus, no more than there is room for."""
+        values, vectors = torch.linalg.eigh(self.small)
         sizes, order = values.abs().sort(descending=True)
         # Rows that lie within the span leave a basis of rounding errors, with eigenvalues alike.
         n_known = int((sizes > 10 * torch.finfo(sizes.dtype).eps * sizes[0]).sum())
-        kept = order[: min(self.capacity, self.vectors.shape[1], n_known)]
-        rotation = vectors[:, kept].T
-        n = len(self.values)
-        return LowRank(rotation[:, :n] @ self.vectors + rotation[:, n:] @ basis.T, values[kept], self.capacity)
+        kept = order[: min(self.capacity, self.basis.shape[1], n_known)]
+        return LowRank(vectors[:, kept].T @ self.basis, torch.diag(values[kept]), self.capacity)
 
 
 def _changes(image: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor] | None:

@@ -67,29 +67,38 @@ def _join(s: Any, z: Any, q: Any, s_out: Any, z_out: Any, q_out: Any) -> bool:
 
 
 @_compiled
-def _base(matrix: Any, numbers: Any, a: float, x: Any) -> None:
-    """In place, see ``Factorised``."""
+def _substitute(upper: Any, x: Any) -> None:
+    """In place: (Uᵀ U)⁻¹ x."""
     size = x.shape[0]
-    if a > 0.0:
-        known = np.empty(numbers.shape[0])
-        for i in range(numbers.shape[0]):
-            known[i] = numbers[i] * _dot(matrix[i], x)
-        for p in range(size):
-            x[p] /= a
-        for i in range(numbers.shape[0]):
-            for p in range(size):
-                x[p] += known[i] * matrix[i, p]
-        return
     for k in range(size):
-        x[k] /= matrix[k, k]
+        x[k] /= upper[k, k]
         for j in range(k + 1, size):
-            x[j] -= matrix[k, j] * x[k]
+            x[j] -= upper[k, j] * x[k]
     for k in range(size - 1, -1, -1):
-        x[k] = (x[k] - _dot(matrix[k, k + 1 :], x[k + 1 :])) / matrix[k, k]
+        x[k] = (x[k] - _dot(upper[k, k + 1 :], x[k + 1 :])) / upper[k, k]
 
 
 @_compiled
-def _solve(s: Any, z: Any, q: Any, matrix: Any, numbers: Any, a: float, x: Any) -> None:
+def _base(upper: Any, basis: Any, a: float, x: Any) -> None:
+    """In place, see ``Factorised``."""
+    if a == 0.0:
+        _substitute(upper, x)
+        return
+    n, size = basis.shape
+    known, inside = np.empty(n), np.empty(n)
+    for i in range(n):
+        known[i] = inside[i] = _dot(basis[i], x)
+    _substitute(upper, known)
+    for p in range(size):
+        x[p] /= a
+    for i in range(n):
+        share = known[i] - inside[i] / a
+        for p in range(size):
+            x[p] += share * basis[i, p]
+
+
+@_compiled
+def _solve(s: Any, z: Any, q: Any, upper: Any, basis: Any, a: float, x: Any) -> None:
     """In place: by the pairs and ``_base``."""
     n, size = s.shape
     known = np.empty(n)
@@ -98,7 +107,7 @@ def _solve(s: Any, z: Any, q: Any, matrix: Any, numbers: Any, a: float, x: Any) 
     for i in range(n):
         for p in range(size):
             x[p] -= known[i] * z[i, p]
-    _base(matrix, numbers, a, x)
+    _base(upper, basis, a, x)
     for i in range(n):
         known[i] -= _dot(z[i], x) / q[i]
     for i in range(n):
@@ -109,7 +118,7 @@ def _solve(s: Any, z: Any, q: Any, matrix: Any, numbers: Any, a: float, x: Any) 
 @_compiled
 def _iterate(
     rows: Any, a: float, longest: float, at: Any, found: Any, delta: Any, point: Any, s: Any, z: Any, q: Any,
-    gradient: Any, matrix: Any, numbers: Any, shift: float,
+    gradient: Any, upper: Any, basis: Any, shift: float,
     found_out: Any, delta_out: Any, point_out: Any, s_out: Any, z_out: Any, q_out: Any,
 ) -> float:  # fmt: skip
     """The size of the change; −1 where the pair is of no use."""
@@ -121,7 +130,7 @@ def _iterate(
     for p in range(size):
         found_out[p] = gradient[p]
         delta_out[p] = -(gradient[p] + rows[1, p] + a * delta[p])
-    _solve(s_out, z_out, q_out, matrix, numbers, shift, delta_out)
+    _solve(s_out, z_out, q_out, upper, basis, shift, delta_out)
     total = 0.0
     for p in range(size):
         total += (delta_out[p] / rows[4, p]) ** 2
@@ -198,20 +207,23 @@ class Factorised:
     """M⁻¹ v.
 
     Attributes:
-        matrix: U of M = Uᵀ U, shape ``(P, P)``; or eigenvectors of B, shape ``(n, P)``.
-        numbers: For these 1/(λ_i + a) − 1/a, shape ``(n,)``.
-        a: For these a; else 0.0.
+        upper: R of M = Rᵀ R, shape ``(P, P)``; or of S + a I = Rᵀ R where M = Uᵀ S U + a I, shape ``(n, n)``.
+        basis: U, shape ``(n, P)``; or nothing.
+        a: a; or 0.0.
     """
 
-    matrix: Any
-    numbers: Any
+    upper: Any
+    basis: Any
     a: float
 
     def __call__(self, right: Tensor) -> Tensor:
         """M⁻¹ ``right``."""
         out = right.clone()
-        _base(self.matrix, self.numbers, self.a, out.numpy())
+        _base(self.upper, self.basis, self.a, out.numpy())
         return out
+
+
+_NO_BASIS = np.empty((0, 0))
 
 
 @dataclass(frozen=True)
@@ -246,7 +258,7 @@ class CompiledArithmetic(Arithmetic):
         found, delta, point, q = np.empty(size), np.empty(size), np.empty(size), np.empty(n + 1)
         s, z = np.empty((n + 1, size)), np.empty((n + 1, size))
         change = _iterate(
-            equation.rows.numpy(), equation.a, equation.longest, *before, gradient.numpy(), solve.matrix, solve.numbers,
+            equation.rows.numpy(), equation.a, equation.longest, *before, gradient.numpy(), solve.upper, solve.basis,
             solve.a, found, delta, point, s, z, q,
         )  # fmt: skip
         if change < 0:
@@ -260,22 +272,27 @@ class CompiledArithmetic(Arithmetic):
 
     def factor(self, matrix: Tensor, a: float) -> Solve | None:
         """See ``Arithmetic``."""
-        if matrix.shape[0] <= CHOLESKY_LIMIT:
-            upper = np.empty(matrix.shape)
-            good = _cholesky(matrix.numpy(), a, upper)
-        else:
-            shifted = matrix.clone()
-            shifted.diagonal().add_(a)
-            lower, failed = torch.linalg.cholesky_ex(shifted)
-            upper, good = np.ascontiguousarray(lower.mT.numpy()), not int(failed)
-        return Factorised(upper, np.empty(0), 0.0) if good else None
+        upper = _upper(matrix, a)
+        return None if upper is None else Factorised(upper, _NO_BASIS, 0.0)
 
-    def eigen_factor(self, vectors: Tensor, values: Tensor, a: float) -> Solve:
+    def low_rank_factor(self, basis: Tensor, small: Tensor, a: float) -> Solve | None:
         """See ``Arithmetic``."""
-        return Factorised(vectors.numpy(), (-values / (a * (values + a))).numpy(), a)
+        upper = _upper(small, a)
+        return None if upper is None else Factorised(upper, basis.numpy(), a)
 
     def corrected(self, matrix: Tensor, a: float, pairs: Pairs) -> Tensor | None:
         """See ``Arithmetic``."""
         out = np.empty(matrix.shape)
         good = _corrected(matrix.numpy(), a, pairs.s.numpy(), pairs.z.numpy(), pairs.q.numpy(), out)
         return torch.from_numpy(out) if good else None
+
+
+def _upper(matrix: Tensor, a: float) -> Any:
+    """R of ``matrix`` + a I = Rᵀ R; None if that is not positive definite."""
+    if matrix.shape[0] <= CHOLESKY_LIMIT:
+        upper = np.empty(matrix.shape)
+        return upper if _cholesky(matrix.numpy(), a, upper) else None
+    shifted = matrix.clone()
+    shifted.diagonal().add_(a)
+    lower, failed = torch.linalg.cholesky_ex(shifted)
+    return None if int(failed) else np.ascontiguousarray(lower.mT.numpy())
