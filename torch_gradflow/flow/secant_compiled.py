@@ -1,8 +1,8 @@
 """The arithmetic of secant iterations, compiled: for few parameters in float64 on a CPU.
 
 An iteration consists of some thirty tensor operations on a few numbers each, which take several times as long as a gradient of
-a small network for a thousand samples. Here it is one pass over the tensors' memory. It does what ``secant.PlainArithmetic``
-does; tests compare them.
+a small network for a thousand samples. Here it is one pass over the tensors' memory, given by addresses: as arguments,
+arrays cost as much as the work. It does what ``secant.PlainArithmetic`` does; tests compare them.
 """
 
 import math
@@ -15,6 +15,7 @@ from numba import njit
 from torch import Tensor
 
 from torch_gradflow.flow.secant import INDEPENDENT, ORTHOGONAL, SAME, Arithmetic, Equation, Iteration, Pairs, Solve
+from torch_gradflow.perceptron.vector_math import numbers_at
 
 # Up to so many parameters the compiled factorisation is faster than LAPACK's with its calls.
 CHOLESKY_LIMIT = 64
@@ -23,6 +24,12 @@ _EPS = 2.0**-52
 
 def _compiled(function: Any) -> Any:
     return njit(cache=True, error_model="numpy")(function)
+
+
+@_compiled
+def _matrix_at(address: int, n: int, size: int) -> Any:
+    """The rows at an address."""
+    return numbers_at(address, n * size).reshape(n, size)
 
 
 @njit(cache=True, error_model="numpy", fastmath={"reassoc", "contract"})  # several terms at a time
@@ -116,13 +123,26 @@ def _solve(s: Any, z: Any, q: Any, upper: Any, basis: Any, a: float, x: Any) -> 
 
 
 @_compiled
+def _solve_at(upper_at: int, n_upper: int, basis_at: int, n_basis: int, a: float, x_at: int, size: int) -> None:
+    """In place, see ``Factorised``."""
+    upper, basis = _matrix_at(upper_at, n_upper, n_upper), _matrix_at(basis_at, n_basis, size)
+    _base(upper, basis, a, numbers_at(x_at, size))
+
+
+@_compiled
 def _iterate(
-    rows: Any, a: float, longest: float, at: Any, found: Any, delta: Any, point: Any, s: Any, z: Any, q: Any,
-    gradient: Any, upper: Any, basis: Any, shift: float,
-    found_out: Any, delta_out: Any, point_out: Any, s_out: Any, z_out: Any, q_out: Any,
+    n: int, size: int, rows_at: int, a: float, longest: float, at_at: int, found_at: int, delta_at: int, point_at: int,
+    s_at: int, z_at: int, q_at: int, gradient_at: int, upper_at: int, n_upper: int, basis_at: int, n_basis: int, shift: float,
+    found_out_at: int, delta_out_at: int, point_out_at: int, s_out_at: int, z_out_at: int, q_out_at: int,
 ) -> float:  # fmt: skip
     """The size of the change; −1 where the pair is of no use."""
-    n, size = s.shape
+    rows, at, found = _matrix_at(rows_at, 5, size), numbers_at(at_at, size), numbers_at(found_at, size)
+    delta, point, gradient = numbers_at(delta_at, size), numbers_at(point_at, size), numbers_at(gradient_at, size)
+    s, z, q = _matrix_at(s_at, n, size), _matrix_at(z_at, n, size), numbers_at(q_at, n)
+    upper, basis = _matrix_at(upper_at, n_upper, n_upper), _matrix_at(basis_at, n_basis, size)
+    found_out, delta_out = numbers_at(found_out_at, size), numbers_at(delta_out_at, size)
+    point_out, q_out = numbers_at(point_out_at, size), numbers_at(q_out_at, n + 1)
+    s_out, z_out = _matrix_at(s_out_at, n + 1, size), _matrix_at(z_out_at, n + 1, size)
     if not _pair(point, at, gradient, found, a, s_out[n], z_out[n]):
         return -1.0
     if not _join(s, z, q, s_out, z_out, q_out):
@@ -212,63 +232,47 @@ class Factorised:
         a: a; or 0.0.
     """
 
-    upper: Any
-    basis: Any
+    upper: Tensor
+    basis: Tensor
     a: float
+
+    @property
+    def place(self) -> tuple[int, int, int, int, float]:
+        """Addresses and sizes."""
+        return self.upper.data_ptr(), self.upper.shape[0], self.basis.data_ptr(), self.basis.shape[0], self.a
 
     def __call__(self, right: Tensor) -> Tensor:
         """M⁻¹ ``right``."""
-        out = right.clone()
-        _base(self.upper, self.basis, self.a, out.numpy())
+        out = right.clone(memory_format=torch.contiguous_format)
+        _solve_at(*self.place, out.data_ptr(), out.shape[0])
         return out
 
 
-_NO_BASIS = np.empty((0, 0))
-
-
-@dataclass(frozen=True)
-class ArrayIteration(Iteration):
-    """One whose tensors need not be asked for their memory once more, which takes as long as the work; not to be changed.
-
-    Attributes:
-        arrays: ``at``, ``found``, ``delta``, ``point``, and s, z and q of the pairs.
-    """
-
-    arrays: tuple[Any, ...] = ()
-
-
-def _arrays(iteration: Iteration) -> tuple[Any, ...]:
-    if isinstance(iteration, ArrayIteration):
-        return iteration.arrays
-    pairs = iteration.pairs
-    vectors = iteration.at, iteration.found, iteration.delta, iteration.point, pairs.s, pairs.z, pairs.q
-    return tuple(vector.numpy() for vector in vectors)
+_NO_BASIS = torch.empty(0, 0, dtype=torch.float64)
 
 
 class CompiledArithmetic(Arithmetic):
-    """On arrays."""
+    """On addresses."""
 
     def iterated(
         self, iteration: Iteration, gradient: Tensor, equation: Equation, solve: Solve
     ) -> tuple[Iteration, float] | None:
         """See ``Arithmetic``."""
         assert isinstance(solve, Factorised)
-        n, size = iteration.pairs.s.shape
-        before = _arrays(iteration)
-        found, delta, point, q = np.empty(size), np.empty(size), np.empty(size), np.empty(n + 1)
-        s, z = np.empty((n + 1, size)), np.empty((n + 1, size))
+        pairs = iteration.pairs
+        n, size = pairs.s.shape
+        found, delta, point, q = _empty(size), _empty(size), _empty(size), _empty(n + 1)
+        s, z = _empty(n + 1, size), _empty(n + 1, size)
         change = _iterate(
-            equation.rows.numpy(), equation.a, equation.longest, *before, gradient.numpy(), solve.upper, solve.basis,
-            solve.a, found, delta, point, s, z, q,
+            n, size, equation.rows.data_ptr(), equation.a, equation.longest,
+            iteration.at.data_ptr(), iteration.found.data_ptr(), iteration.delta.data_ptr(), iteration.point.data_ptr(),
+            pairs.s.data_ptr(), pairs.z.data_ptr(), pairs.q.data_ptr(), gradient.data_ptr(), *solve.place,
+            found.data_ptr(), delta.data_ptr(), point.data_ptr(), s.data_ptr(), z.data_ptr(), q.data_ptr(),
         )  # fmt: skip
         if change < 0:
             return None
-        tensor, smallest = torch.from_numpy, min(change, iteration.smallest)
-        pairs, arrays = Pairs(tensor(s), tensor(z), tensor(q)), (before[3], found, delta, point, s, z, q)
-        now = ArrayIteration(
-            iteration.point, tensor(found), tensor(delta), tensor(point), pairs, iteration.n + 1, smallest, arrays
-        )  # fmt: skip
-        return now, change
+        smallest = min(change, iteration.smallest)
+        return Iteration(iteration.point, found, delta, point, Pairs(s, z, q), iteration.n + 1, smallest), change
 
     def factor(self, matrix: Tensor, a: float) -> Solve | None:
         """See ``Arithmetic``."""
@@ -278,7 +282,7 @@ class CompiledArithmetic(Arithmetic):
     def low_rank_factor(self, basis: Tensor, small: Tensor, a: float) -> Solve | None:
         """See ``Arithmetic``."""
         upper = _upper(small, a)
-        return None if upper is None else Factorised(upper, basis.numpy(), a)
+        return None if upper is None else Factorised(upper, basis, a)
 
     def corrected(self, matrix: Tensor, a: float, pairs: Pairs) -> Tensor | None:
         """See ``Arithmetic``."""
@@ -287,12 +291,16 @@ class CompiledArithmetic(Arithmetic):
         return torch.from_numpy(out) if good else None
 
 
-def _upper(matrix: Tensor, a: float) -> Any:
+def _upper(matrix: Tensor, a: float) -> Tensor | None:
     """R of ``matrix`` + a I = Rᵀ R; None if that is not positive definite."""
     if matrix.shape[0] <= CHOLESKY_LIMIT:
         upper = np.empty(matrix.shape)
-        return upper if _cholesky(matrix.numpy(), a, upper) else None
+        return torch.from_numpy(upper) if _cholesky(matrix.numpy(), a, upper) else None
     shifted = matrix.clone()
     shifted.diagonal().add_(a)
-    lower, failed = torch.linalg.cholesky_ex(shifted)
-    return None if int(failed) else np.ascontiguousarray(lower.mT.numpy())
+    factor, failed = torch.linalg.cholesky_ex(shifted, upper=True)
+    return None if int(failed) else factor.contiguous()
+
+
+def _empty(*shape: int) -> Tensor:
+    return torch.from_numpy(np.empty(shape))  # quicker than torch.empty
