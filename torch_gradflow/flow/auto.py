@@ -19,11 +19,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from torch_gradflow.flow.bdf import VERIFY_ABOVE
 from torch_gradflow.flow.bdf_cg import DENSE_LIMIT
 from torch_gradflow.flow.bdf_secant import DENSE_LIMIT as MATRIX_LIMIT
 from torch_gradflow.flow.bdf_secant import RANK
@@ -37,41 +39,53 @@ from torch_gradflow.objectives.base import DerivativeError, EvaluationCounts, Ob
 _T = TypeVar("_T")
 
 # The method of the first steps: it needs nothing but gradients, and pieces that are shorter see no other.
-FIRST, FIRST_STEPS = "dopri5", 8
+# Backward differentiation of order 4 can go on from so many steps.
+FIRST, FIRST_STEPS = "dopri5", 5
 # Methods whose steps the largest curvature limits, not accuracy.
 STABILITY_LIMITED = ("dopri5", "rkc2")
-# Exponential steps take an eigendecomposition each: beyond so many parameters it outweighs what they save.
-EXPONENTIAL_LIMIT = 400
 # Accepted steps of a trial, and how many of them are left out of its judgement while a method finds its order and step.
 TRIAL, WARM_UP = {True: 18, False: 5}, {True: 12, False: 2}
-# A method takes over if it pays less than this fraction of what the one in charge pays.
-TAKE_OVER = 0.7
-# Backward differentiation takes over if it pays less than this: its trial begins on foreign points, and it gets better. And
-# exponential steps, where the gradient does not grow, only below this: what they gain in curved valleys does not last.
-LENIENT, STRICT = 1.3, 0.6
-# Where stability is soon to limit the steps of the one in charge, backward differentiation may even pay so much more.
-BEFORE_STIFFNESS = 2.0
+# What trials of one method may take of all that others spend meanwhile: of a one-step method; of exponential steps while the
+# gradient grows; of a one-step method while backward differentiation is in trouble; and of backward differentiation, which
+# soon pays where it does not yet.
+SHARE, SHARE_GROWING, SHARE_TROUBLE, SHARE_STIFF = 0.03, 0.15, 0.25, 0.15
+# A method that lost waits twice as long, or as many times as long as it paid more, but at most so many times.
+MAX_BACKOFF = 16.0
+# A trial ends early where it takes this many times what was expected.
+HOPELESS = 2.0
+# Exponential steps are tried where they cost no more than this many of backward differentiation: longer ones they rarely are.
+LONGER = 2.5
+# A one-step method takes over if it pays less than this fraction of what the one in charge pays; exponential steps where the
+# gradient does not grow only below the second: what they gain in curved valleys does not last. Backward differentiation may
+# pay a little more than a one-step method: its trial begins on foreign points, and it gets better.
+TAKE_OVER, STRICT, LENIENT = 0.7, 0.6, 1.2
+# One way of backward differentiation takes over from another that takes so many times what it is expected to take itself.
+DEARER = 1.1
 # The gradient grows (negative curvature along the flow: a saddle is being left) if it did so in most of the last five steps.
 GROWING, FORGETTING = 2.8, 0.8
-# A method that lost is tried again after this many times what a trial costs; twice as many each time it loses. The former is
-# for explicit methods in charge, the latter for those that stiffness does not hold up.
-FIRST_WAIT, SETTLED_WAIT, MAX_WAIT = 12.0, 100.0, 400.0
-# A trial ends early where it pays this many times as much.
-HOPELESS = 4.0
-# Backward differentiation is in trouble when so many of its last (about fifteen) steps took a rejection.
-TROUBLE, REMEMBERED = 2.5, 0.93
+# Backward differentiation is in trouble, by modes that grow or a loss that is not smooth, where over its last (about fifteen)
+# steps so much comes together: a rejection counts as two, an order of 1 or 2, which smooth flows soon leave, as one.
+TROUBLE, REMEMBERED, REJECTION, LOW_ORDER = 8.0, 0.93, 2.0, 2
 # Calls that take so many seconds are timed once.
 SLOW = 0.02
-# Seconds per gradient, and per gradient and number kept of the Hessian, that "bdf-secant" spends on its own arithmetic.
-SECANT_CALL, SECANT_ENTRY = 8e-5, 6e-9
-# Ways of backward differentiation that are expected to take no more than so many times the cheapest one's cost are tried, too.
-RIVAL = 2.5
+# Gradients per step of "bdf-secant" while the flow is not very stiff (later they are measured); seconds per gradient, and per
+# gradient and number kept of the Hessian, that its own arithmetic takes beyond that of other methods.
+SECANT_GRADIENTS, SECANT_CALL, SECANT_ENTRY = 2.7, 1e-5, 2e-9
+# Seconds per product that "bdf-cg" spends itself.
+PRODUCT_CALL = 1e-4
+# Gradients per step of "rkc2", which makes steps longer by a factor with the square root of that factor: for those of
+# ``FIRST``, which are no longer than stability allows, and at least.
+RKC2_GRADIENTS, RKC2_LEAST = 2.3, 4.0
+# A method that took so many steps lately is known to cost what these took.
+SERVED = 2.5
+# The first step of backward differentiation, in those of ``FIRST``.
+HANDED_OVER = 0.1
 # Steps that a multistep method in charge takes before others may try: it begins with short ones of low order.
 SETTLE = 40
 # The flow ends where so many methods could not go on.
 ENOUGH = 3
 # How much the latest step counts in what is paid.
-LATEST = 0.2
+LATEST = 0.05
 
 
 @dataclass(frozen=True)
@@ -128,7 +142,7 @@ class Costs:
         n_hessian = counts.n_hessian - before.n_hessian
         spent = (counts.n_grad - before.n_grad) * self.gradient
         if counts.n_hvp > before.n_hvp:
-            spent += (counts.n_hvp - before.n_hvp) * self.hvp
+            spent += (counts.n_hvp - before.n_hvp) * (self.hvp + PRODUCT_CALL)
         return spent + n_hessian * (self.hessian + factorisation) if n_hessian else spent
 
     def factorisation(self, method: str) -> float:
@@ -141,28 +155,30 @@ def secant_arithmetic(n_parameters: int) -> float:
     return SECANT_CALL + SECANT_ENTRY * n_parameters * (n_parameters if n_parameters <= MATRIX_LIMIT else 4 * RANK)
 
 
-def differentiations(costs: Costs, n_parameters: int, known: Sequence[str]) -> dict[str, float]:
+def differentiations(costs: Costs, n_parameters: int, known: Sequence[str], rtol: float = 1e-6) -> dict[str, float]:
     """What a step of backward differentiation is expected to cost in each of its ways, the cheapest first.
 
-    Their steps are the same. Per step, "bdf" takes one Hessian and its factorisation, "bdf-cg" a gradient, about 4 products
-    and every seventh time a Hessian and its eigendecomposition (about 25 products and no Hessian beyond ``DENSE_LIMIT``), and
-    "bdf-secant" about 4.5 gradients and some arithmetic of its own, as measured on networks of 33 to 601 parameters.
+    Their steps are the same. Per step, "bdf" takes one Hessian and its factorisation (and a gradient at loose tolerances),
+    "bdf-cg" a gradient, about 4 products and every sixth time a Hessian and its eigendecomposition (about 25 products and no
+    Hessian beyond ``DENSE_LIMIT``), and "bdf-secant" about 2.7 gradients at first (4.5 later) and some arithmetic of
+    its own, as measured on networks of 33 to 601 parameters.
 
     Args:
         costs: What was measured.
         n_parameters: P.
         known: The methods that may serve.
+        rtol: The relative tolerance.
 
     Returns:
         Seconds per step, of the known methods that are possible.
     """
     dense = not math.isnan(costs.hessian)
-    per_step = {"bdf-secant": 4.5 * (costs.gradient + secant_arithmetic(n_parameters))}
+    per_step = {"bdf-secant": SECANT_GRADIENTS * (costs.gradient + secant_arithmetic(n_parameters))}
     if not math.isnan(costs.hvp):
-        products = 4 * costs.hvp + (costs.hessian + costs.eigh) / 7 if dense else 25 * costs.hvp
+        products = (4 if dense else 25) * (costs.hvp + PRODUCT_CALL) + ((costs.hessian + costs.eigh) / 6 if dense else 0.0)
         per_step["bdf-cg"] = costs.gradient + products
     if dense:
-        per_step["bdf"] = costs.hessian + costs.cholesky
+        per_step["bdf"] = costs.hessian + costs.cholesky + (costs.gradient if rtol > VERIFY_ABOVE else 0.0)
     return {name: cost for name, cost in sorted(per_step.items(), key=lambda item: item[1]) if name in known}
 
 
@@ -172,20 +188,22 @@ class _Entrant:
 
     Attributes:
         method: The method.
-        wait: After how much spent by others it is tried (again); ``inf`` if it is not in the race.
-        since: What was spent since its last trial.
+        backoff: How many times as long as at first it waits for its next trial, because it lost.
+        since: What others spent since its last one.
         paid: What its latest steps took, an exponential average.
         gained: The logarithmic time that they gained, in the same average.
+        n_steps: How many they are, in the same average.
         step_size: What its controller wanted next.
         seen: When that was, in flow time; 0.0 if never.
         memory: What it left when it served last.
     """
 
     method: FlowMethod
-    wait: float = math.inf
+    backoff: float = 1.0
     since: float = 0.0
     paid: float = 0.0
     gained: float = 0.0
+    n_steps: float = 0.0
     step_size: float = 0.0
     seen: float = 0.0
     memory: Memory | None = None
@@ -197,12 +215,13 @@ class _Entrant:
 
     def note(self, paid: float, gained: float) -> None:
         """A step."""
-        keep = 1 - LATEST if self.gained else 0.0
+        keep = 1 - LATEST
         self.paid, self.gained = keep * self.paid + paid, keep * self.gained + gained
+        self.n_steps = keep * self.n_steps + 1
 
     def numbers(self) -> tuple[float, ...]:
         """All but the method and its memory."""
-        return self.wait, self.since, self.paid, self.gained, self.step_size, self.seen
+        return self.backoff, self.since, self.paid, self.gained, self.n_steps, self.step_size, self.seen
 
 
 class Auto(FlowMethod):
@@ -256,6 +275,10 @@ class _Race:
         self._limit = n_evaluations(objective.counts) + span.max_evals
         self._counts = replace(objective.counts)
         self._costs: Costs | None = None
+        # What a step of backward differentiation is expected to cost in each of its ways, the cheapest first.
+        self._ways: dict[str, float] = {}
+        # The longest steps that are known to be stable.
+        self._stable = 0.0
         self._charge = self._current = FIRST
         self._n_trial = self._n_steps = self._n_in_charge = 0
         self._times: tuple[float, ...] = (start.t,)
@@ -288,7 +311,7 @@ class _Race:
             self._knot, self._approximate = end.knot, end.approximate
             if end.status == "t_end":
                 self._entrants[self._current].memory = end.memory
-                self._note(end.knot)
+                self._note(end.knot, end.order)
             elif end.status != "visit" and not self._recovers(end):
                 return self._end(end)
             if end.status == "t_end" or self._stop:
@@ -302,10 +325,10 @@ class _Race:
             self._knot, self._approximate = replace_gradient(self._knot, self._objective), False
         evaluations = self._limit - n_evaluations(self._objective.counts)
         if self._n_trial and self._costs is not None:
-            charge = self._entrants[self._charge]
-            allowed = HOPELESS * max(charge.paid, charge.rate * entrant.gained) + 20 * self._costs.gradient
-            evaluations = min(evaluations, max(20.0, allowed / self._costs.gradient))
+            evaluations = min(evaluations, max(20.0, HOPELESS * self._price(self._current) / self._costs.gradient))
         step_size = entrant.step_size or self._entrants[self._charge].step_size or None
+        if step_size is None and multistep:
+            step_size = HANDED_OVER * self._entrants[FIRST].step_size or None
         if step_size is not None and entrant.seen and self._log(self._times[0]) > 0 and self._current not in STABILITY_LIMITED:
             # Where accuracy limits steps, they grow with the flow's own time while others serve.
             step_size *= (self._times[0] - self._origin + self._unit) / (entrant.seen - self._origin + self._unit)
@@ -313,7 +336,7 @@ class _Race:
 
         def visit(arrival: Arrival) -> bool:
             self._knot, self._approximate = arrival.knot, arrival.approximate
-            self._note(arrival.knot)
+            self._note(arrival.knot, arrival.order)
             entrant.step_size, entrant.seen = arrival.step_size, arrival.knot.t
             entrant.memory = arrival.remember()
             self._decide()
@@ -322,7 +345,7 @@ class _Race:
 
         return entrant.method.run(self._objective, self._knot, span, visit, self._memory_for(self._current))
 
-    def _note(self, knot: Knot) -> None:
+    def _note(self, knot: Knot, order: int) -> None:
         """An accepted point, and what it took."""
         if knot.t - self._failed_at > 1e-3 * (knot.t - self._origin):
             self._failed.clear()
@@ -332,8 +355,9 @@ class _Race:
         self._n_steps += 1
         self._note_growth(knot.gradient)
         counts, before = self._objective.counts, self._counts
-        in_trouble = self._current == "bdf" and counts.n_hessian - before.n_hessian > 1
-        self._trouble = REMEMBERED * self._trouble + in_trouble
+        if self._current in self._ways:
+            rejected = self._current == "bdf" and counts.n_hessian - before.n_hessian > 1
+            self._trouble = REMEMBERED * self._trouble + REJECTION * rejected + (order <= LOW_ORDER)
         paid = self._spent()
         entrant = self._entrants[self._current]
         if not self._n_trial or self._n_trial > WARM_UP[entrant.method.n_points > 1]:
@@ -368,118 +392,129 @@ class _Race:
             if entrant.rate < self._threshold() * charge.rate:
                 self._win()
             else:
-                self._lose(f"{self._current} pays {entrant.rate / charge.rate:.2f} times as much")
+                self._lose()
             return
         self._n_in_charge += 1
-        if entrant.method.n_points > 1 and self._n_in_charge < SETTLE:
+        if self._charge in self._ways and self._trouble <= TROUBLE and (self._n_in_charge < SETTLE or self._is_dearer()):
             return
-        if self._trouble > TROUBLE:
-            # Unstable modes, or a loss that is not smooth: others may do better.
-            self._trouble = 0.0
-            for other in self._entrants.values():
-                if 0.05 * self._first_wait() <= other.since:
-                    self._hasten(other)
-        due = [name for name, other in self._entrants.items() if name != self._charge and other.since >= other.wait]
+        due = [name for name in self._entrants if self._is_due(name)]
         if due:
-            self._try(max(due, key=lambda name: self._entrants[name].since / max(self._entrants[name].wait, 1e-300)))
+            self._try(min(due, key=self._price))
+
+    def _is_dearer(self) -> bool:
+        """Whether another way of backward differentiation is expected to take much less; it takes over without a trial."""
+        way = min(self._ways, key=self._step_cost)
+        ratio = self._step_cost(self._charge) / self._step_cost(way)
+        if ratio > DEARER:
+            reason = f"steps of {self._charge} take {ratio:.2f} times as long as is expected"
+            self._charge = self._current = way
+            self._n_in_charge = 0
+            self._choices.append(Choice(self._times[0], way, reason))
+        return ratio > DEARER
+
+    def _is_due(self, name: str) -> bool:
+        """Whether it is time for a trial: others spent enough, and what it may gain is worth it."""
+        entrant, step, share = self._entrants[name], self._step_cost(name), SHARE
+        if name in self._ways:
+            if self._charge in self._ways or name != min(self._ways, key=self._step_cost):
+                return False
+            share = SHARE_STIFF
+        elif name == self._charge or (name == "exprb53" and step > LONGER * self._step_cost(self._charge)):
+            return False
+        elif self._charge in self._ways and self._trouble > TROUBLE:
+            share = SHARE_TROUBLE
+        elif name == "exprb53" and self._growth > GROWING:
+            share = SHARE_GROWING
+        return entrant.since * share >= entrant.backoff * self._price(name)
+
+    def _step_cost(self, name: str) -> float:
+        """Of one step: as measured where the method served, else as expected."""
+        entrant, costs = self._entrants[name], self._costs
+        assert costs is not None
+        if entrant.n_steps > SERVED:
+            return entrant.paid / entrant.n_steps
+        if name == "exprb53":
+            return costs.hessian + costs.eigh + 2 * costs.gradient
+        if name == "rkc2":
+            longer = self._entrants[self._charge].step_size / self._stable
+            return costs.gradient * max(RKC2_LEAST, RKC2_GRADIENTS * math.sqrt(longer))
+        return self._ways.get(name, 6 * costs.gradient)
+
+    def _price(self, name: str) -> float:
+        """What a trial is expected to cost; ``inf`` for what is not possible."""
+        price = TRIAL[self._entrants[name].method.n_points > 1] * self._step_cost(name)
+        return math.inf if math.isnan(price) else price
 
     def _threshold(self) -> float:
         """At which fraction of what is paid now the method on trial takes over."""
-        growing = self._growth > GROWING
-        if self._entrants[self._current].method.n_points > 1:
-            if self._charge in STABILITY_LIMITED:
-                return BEFORE_STIFFNESS
-            return LENIENT if self._charge == "exprb53" and not growing else TAKE_OVER
-        return STRICT if self._current == "exprb53" and not growing else TAKE_OVER
+        if self._current in self._ways:
+            return LENIENT
+        return STRICT if self._current == "exprb53" and self._growth <= GROWING else TAKE_OVER
 
     def _note_growth(self, gradient: Tensor) -> None:
-        """Whether the gradient grows; where that begins, exponential steps are tried, where it ends, the others are."""
-        size, before = float(torch.linalg.vector_norm(gradient)), self._growth
+        """Whether the gradient grows."""
+        size = float(torch.linalg.vector_norm(gradient))
         self._growth = FORGETTING * self._growth + (size > self._size > 0)
         self._size = size
-        if (before > GROWING) == (self._growth > GROWING):
-            return
-        for name, other in self._entrants.items():
-            fits = name == "exprb53" if before <= GROWING else other.method.n_points > 1
-            if fits and other.since >= 0.2 * self._first_wait():
-                self._hasten(other)
-
-    def _hasten(self, other: _Entrant) -> None:
-        """Let it try now, unless it lost by far, or twice."""
-        if other.wait <= 4 * self._first_wait():
-            other.wait = min(other.wait, other.since)
 
     def _open(self) -> None:
         """The first steps are done: measure, and let others try."""
-        self._costs = self._measure(self._objective, self._theta[0])
+        self._expect(self._measure(self._objective, self._theta[0]))
+        assert self._costs is not None
         self._counts = replace(self._objective.counts)
         self._unit = max(self._times[0] - self._origin, 1e-300) / 4
-        first = self._entrants[FIRST]
-        # What the last points took, in the units in which others are measured.
-        span = self._times[: min(len(self._times), 6)]
-        first.paid = 6.0 * (len(span) - 1) * self._costs.gradient
-        first.gained = self._log(span[0]) - self._log(span[-1])
-        ways = differentiations(self._costs, self._objective.n_parameters, tuple(self._entrants))
-        best = next(iter(ways), "")
-        listed = ", ".join(f"{name} {1e3 * cost:.3g} ms" for name, cost in ways.items())
+        self._stable = self._times[0] - self._times[1] if len(self._times) > 1 else self._unit
+        # What the first steps took, in the units in which others are measured.
+        for other in self._entrants.values():
+            other.since *= self._costs.gradient
+        for newer, older in pairwise(self._times[:6]):
+            self._entrants[FIRST].note(6 * self._costs.gradient, self._log(newer) - self._log(older))
+        listed = ", ".join(f"{name} {1e3 * cost:.3g} ms" for name, cost in self._ways.items())
         reason = f"expected costs per step: {listed}; others are tried"
         # Backward differentiation may not pay yet, but stiffness comes, and what it begins early it goes on with.
-        self._charge = self._current = best or self._charge
+        self._charge = self._current = next(iter(self._ways), self._charge)
         self._n_in_charge = 0
         self._choices.append(Choice(self._times[0], self._charge, reason))
-        small = self._objective.n_parameters <= EXPONENTIAL_LIMIT and not math.isnan(self._costs.hessian)
-        others = [other for other in ("exprb53" if small else "", "rkc2") if other in self._entrants]
-        step = ways[best] if best else self._costs.gradient
-        for name in (FIRST, *others, *(name for name, cost in ways.items() if cost <= RIVAL * step)):
-            self._entrants[name].wait = self._wait_of(step)
-        if self._n_steps >= FIRST_STEPS and not best and others:
-            self._try(others[0])
+
+    def _expect(self, costs: Costs) -> None:
+        """What steps cost follows from what calls cost."""
+        self._costs = costs
+        self._ways = differentiations(costs, self._objective.n_parameters, tuple(self._entrants), self._span.rtol)
 
     def _try(self, name: str) -> None:
         self._current, self._n_trial = name, 1
         entrant = self._entrants[name]
-        entrant.since = entrant.paid = entrant.gained = 0.0
+        entrant.since = entrant.paid = entrant.gained = entrant.n_steps = 0.0
 
     def _win(self) -> None:
         winner, loser = self._entrants[self._current], self._entrants[self._charge]
         reason = f"pays {winner.rate / loser.rate:.2f} times what {self._charge} did"
-        loser.wait, loser.since = self._first_wait(), 0.0
         for name, other in self._entrants.items():
-            if name not in (self._charge, self._current) and math.isfinite(other.wait) and other.wait > 0:
-                other.wait = min(other.wait, 4 * self._first_wait())
+            other.backoff = 1.0
+            if name in self._ways or name == self._charge:
+                other.since = 0.0
         self._charge, self._n_trial, self._n_in_charge = self._current, 0, 0
         self._choices.append(Choice(self._times[0], self._charge, reason))
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self) -> None:
         entrant = self._entrants[self._current]
         ratio = entrant.rate / max(self._entrants[self._charge].rate, 1e-300)
-        growth = min(64.0, max(2.0, ratio))
-        if entrant.method.n_points > 1 and self._charge in STABILITY_LIMITED:
-            growth = 0.5
-        entrant.wait = min(growth * max(entrant.wait, self._first_wait() / 2), MAX_WAIT * self._first_wait())
+        entrant.backoff = min(max(2.0, ratio) * entrant.backoff, MAX_BACKOFF)
         entrant.since = 0.0
         self._current, self._n_trial = self._charge, 0
-
-    def _first_wait(self) -> float:
-        """What some trials of the method in charge would cost."""
-        return self._wait_of(self._entrants[self._charge].paid * LATEST)
-
-    def _wait_of(self, step: float) -> float:
-        """The same for a method in charge whose steps cost so much."""
-        return 6 * (FIRST_WAIT if self._charge in STABILITY_LIMITED else SETTLED_WAIT) * step
 
     def _drop_out(self) -> None:
         """Where second derivatives cannot be had after all, methods that need them leave the race."""
         for entrant in self._entrants.values():
             if entrant.method.needs != "gradient":
-                entrant.wait, entrant.memory = math.inf, None
+                entrant.memory, entrant.n_steps = None, 0.0
+        assert self._costs is not None
+        self._expect(Costs(self._costs.gradient))
         reason = f"{self._current} has no second derivatives"
-        self._charge = self._current = FIRST
-        self._n_trial = 0
+        self._charge = self._current = next(iter(self._ways), FIRST)
+        self._n_trial = self._n_in_charge = 0
         self._spent()
-        if "bdf-secant" in self._entrants:
-            self._entrants["bdf-secant"].wait = 0.0
-        self._choices.append(Choice(self._knot.t, FIRST, reason))
+        self._choices.append(Choice(self._knot.t, self._charge, reason))
 
     def _recovers(self, end: RunEnd) -> bool:
         """Whether another method goes on where the current one ended."""
@@ -487,7 +522,7 @@ class _Race:
             return False
         self._spent()
         if self._n_trial:
-            self._lose("it made no step")
+            self._lose()
             return True
         if end.status == "max_evals":
             return False
@@ -495,7 +530,7 @@ class _Race:
         self._failed_at = end.knot.t
         if self._costs is None:
             self._open()
-        left = [name for name, e in self._entrants.items() if name not in self._failed and math.isfinite(e.wait)]
+        left = [name for name in self._entrants if name not in self._failed and math.isfinite(self._price(name))]
         if not left or len(self._failed) >= ENOUGH:
             return False
         self._choices.append(Choice(end.knot.t, left[0], f"{self._current} ended with {end.status!r}"))
@@ -524,7 +559,7 @@ class _Race:
         costs = (0.0,) * 6 if self._costs is None else (1.0, *astuple(self._costs))
         numbers = [float(names.index(name)) for name in (self._charge, self._current)]
         numbers += [float(self._n_trial), float(self._n_steps), float(self._n_in_charge), self._origin, self._unit, *costs]
-        numbers += [self._trouble, self._growth, self._size]
+        numbers += [self._trouble, self._growth, self._size, self._stable]
         numbers += [number for entrant in self._entrants.values() for number in entrant.numbers()]
         kept = [name for name in dict.fromkeys((self._current, self._charge)) if self._entrants[name].memory is not None]
         numbers.append(float(len(kept)))
@@ -555,10 +590,12 @@ class _Race:
         self._charge, self._current = (names[int(i)] for i in take(2))
         n_trial, n_steps, n_in_charge, self._origin, self._unit, measured, *costs = take(11)
         self._n_trial, self._n_steps, self._n_in_charge = int(n_trial), int(n_steps), int(n_in_charge)
-        self._trouble, self._growth, self._size = take(3)
-        self._costs = Costs(*costs) if measured else None
+        self._trouble, self._growth, self._size, self._stable = take(4)
+        if measured:
+            self._expect(Costs(*costs))
         for entrant in self._entrants.values():
-            entrant.wait, entrant.since, entrant.paid, entrant.gained, entrant.step_size, entrant.seen = take(6)
+            entrant.backoff, entrant.since, entrant.paid, entrant.gained = take(4)
+            entrant.n_steps, entrant.step_size, entrant.seen = take(3)
         self._times, self._theta = memory.times, memory.theta
         rows = 0
         for _ in range(int(take(1)[0])):
