@@ -54,13 +54,13 @@ MAX_BACKOFF = 16.0
 # A trial ends early where it takes this many times what was expected.
 HOPELESS = 2.0
 # Exponential steps are tried where they cost no more than this many of backward differentiation: longer ones they rarely are.
-LONGER = 2.5
+LONGER = 2.0
 # A one-step method takes over if it pays less than this fraction of what the one in charge pays; exponential steps where the
 # gradient does not grow only below the second: what they gain in curved valleys does not last. Backward differentiation may
 # pay a little more than a one-step method: its trial begins on foreign points, and it gets better.
 TAKE_OVER, STRICT, LENIENT = 0.7, 0.6, 1.2
 # One way of backward differentiation takes over from another that takes so many times what it is expected to take itself.
-DEARER = 1.1
+DEARER = 1.3
 # The gradient grows (negative curvature along the flow: a saddle is being left) if it did so in most of the last five steps.
 GROWING, FORGETTING = 2.8, 0.8
 # Backward differentiation is in trouble, by modes that grow or a loss that is not smooth, where over its last (about fifteen)
@@ -72,9 +72,9 @@ TROUBLE, REMEMBERED, REJECTION, LOW_ORDER = 8.0, 0.93, 2.0, 2
 NEARBY, SMOOTH = 3e-3, 0.15
 # Calls that take so many seconds are timed once.
 SLOW = 0.02
-# Gradients per step of "bdf-secant" while the flow is not very stiff (later they are measured); seconds per gradient, and per
+# Gradients per step of "bdf-secant"; seconds per gradient, and per
 # gradient and number kept of the Hessian, that its own arithmetic takes beyond that of other methods.
-SECANT_GRADIENTS, SECANT_CALL, SECANT_ENTRY = 2.7, 1e-5, 2e-9
+SECANT_GRADIENTS, SECANT_CALL, SECANT_ENTRY = 4.0, 1e-5, 2e-9
 # Seconds per product that "bdf-cg" spends itself.
 PRODUCT_CALL = 1e-4
 # Gradients per step of "rkc2", which makes steps longer by a factor with the square root of that factor: for those of
@@ -84,6 +84,8 @@ RKC2_GRADIENTS, RKC2_LEAST = 2.3, 4.0
 SERVED = 2.5
 # The first step of backward differentiation, in those of ``FIRST``.
 HANDED_OVER = 0.1
+# And where it goes on from points that another method took, in what it would have been.
+RESUMED = 0.5
 # Steps that a multistep method in charge takes before others may try: it begins with short ones of low order.
 SETTLE = 40
 # The flow ends where so many methods could not go on.
@@ -164,8 +166,7 @@ def differentiations(costs: Costs, n_parameters: int, known: Sequence[str], rtol
 
     Their steps are the same. Per step, "bdf" takes one Hessian and its factorisation (and a gradient at loose tolerances),
     "bdf-cg" a gradient, about 4 products and every sixth time a Hessian and its eigendecomposition (about 25 products and no
-    Hessian beyond ``DENSE_LIMIT``), and "bdf-secant" about 2.7 gradients at first (4.5 later) and some arithmetic of
-    its own, as measured on networks of 33 to 601 parameters.
+    Hessian beyond ``DENSE_LIMIT``), and "bdf-secant" about 4 gradients and some arithmetic of its own, as measured on networks of 33 to 601 parameters.
 
     Args:
         costs: What was measured.
@@ -354,11 +355,13 @@ class _Race:
         if self._n_trial and self._costs is not None:
             evaluations = min(evaluations, max(20.0, HOPELESS * self._price(self._current) / self._costs.gradient))
         step_size = entrant.step_size or self._entrants[self._charge].step_size or None
-        if step_size is None and multistep:
-            step_size = HANDED_OVER * self._entrants[FIRST].step_size or None
-        if step_size is not None and entrant.seen and self._log(self._times[0]) > 0 and self._current not in STABILITY_LIMITED:
-            # Where accuracy limits steps, they grow with the flow's own time while others serve.
-            step_size *= (self._times[0] - self._origin + self._unit) / (entrant.seen - self._origin + self._unit)
+        if multistep:
+            if step_size is None:
+                step_size = HANDED_OVER * self._entrants[FIRST].step_size or None
+            elif entrant.memory is None or entrant.memory.times[0] != self._times[0]:
+                # Where accuracy limits steps, they grow with the flow's own time while others serve.
+                gone = (self._times[0] - self._origin + self._unit) / (entrant.seen - self._origin + self._unit)
+                step_size *= RESUMED * (gone if entrant.seen else 1.0)
         span = replace(self._span, step_size=step_size, max_evals=evaluations)
 
         def visit(arrival: Arrival) -> bool:
@@ -433,6 +436,8 @@ class _Race:
         way = min(self._ways, key=self._step_cost)
         ratio = self._step_cost(self._charge) / self._step_cost(way)
         if ratio > DEARER:
+            last = self._entrants[self._charge]
+            self._entrants[way].step_size, self._entrants[way].seen = last.step_size, last.seen
             reason = f"steps of {self._charge} take {ratio:.2f} times as long as is expected"
             self._charge = self._current = way
             self._n_in_charge = 0
@@ -441,20 +446,22 @@ class _Race:
 
     def _is_due(self, name: str) -> bool:
         """Whether it is time for a trial: others spent enough, and what it may gain is worth it."""
-        entrant, step, share = self._entrants[name], self._step_cost(name), SHARE
+        entrant, step, charge = self._entrants[name], self._step_cost(name), self._step_cost(self._charge)
+        in_trouble = self._charge in self._ways and self._trouble > TROUBLE
+        if name in (FIRST, self._charge):
+            return False
         if name in self._ways:
             if self._charge in self._ways or name != min(self._ways, key=self._step_cost):
                 return False
-            if self._kinked and step > self._step_cost(self._charge):
-                return False  # its steps are no longer
-            share = SHARE if self._kinked else SHARE_STIFF
-        elif name == self._charge or (name == "exprb53" and step > LONGER * self._step_cost(self._charge)):
-            return False
-        elif self._charge in self._ways and self._trouble > TROUBLE:
+            # Where there are kinks its steps are no longer than those of others.
+            share, longer = (SHARE, 1.0) if self._kinked else (SHARE_STIFF, math.inf)
+        elif name == "exprb53":
+            share, longer = SHARE_GROWING if self._growth > GROWING else SHARE, LONGER
+        else:
+            share, longer = SHARE if self._charge not in self._ways else 0.0, math.inf
+        if in_trouble:
             share = SHARE_TROUBLE
-        elif name == "exprb53" and self._growth > GROWING:
-            share = SHARE_GROWING
-        return entrant.since * share >= entrant.backoff * self._price(name)
+        return step <= longer * charge and entrant.since * share >= entrant.backoff * self._price(name)
 
     def _step_cost(self, name: str) -> float:
         """Of one step: as measured where the method served, else as expected."""
