@@ -76,7 +76,7 @@ DEAR = Costs(gradient=1e-3, hvp=1.0, hessian=1e3, cholesky=1e2, eigh=1e3)
 )
 def test_the_cheapest_way_of_backward_differentiation(costs: Costs, known: tuple[str, ...], best: str) -> None:
     """Of those that are known and possible; what was not measured is not expected of anything."""
-    found = differentiations(costs, 33, known)
+    found = differentiations(costs, 33, known, 1e-6)
     assert next(iter(found), "") == best
     assert list(found.values()) == sorted(found.values())
     assert set(found) <= set(known)

@@ -1,11 +1,16 @@
 """The method that chooses: by measured costs, by what each method makes of this flow, and again while the flow changes.
 
-Which method is the cheapest depends on the problem (sizes, what a Hessian costs), on the machine, and on where the flow is:
-explicit steps at the very start, exponential ones at saddles, backward differentiation in curved valleys. None of that can be
-read off a point; but it can be tried. One method is in charge; now and then another one takes a few steps, and the one that
-pays less per unit of logarithmic time goes on. All of them continue from the same accepted points, those with a memory
-through the points that others accepted, so a trial costs no more than its few steps, and these are not lost either. Trials of
-a method that lost become rarer.
+A few explicit steps come first. Then backward differentiation is in charge, in the way (dense, by conjugate gradients, by
+secants) whose steps are expected to cost least, as they cost what they cost anywhere: so many gradients, products, Hessians
+and factorisations, each measured. Where another way is found to cost less, it goes on. Where the gradient has kinks, which
+four gradients tell at the start, explicit Chebyshev steps are in charge instead: smoothness is what high orders live on.
+
+Whether other kinds of steps pay (exponential ones at saddles; Chebyshev ones where they cost less, or where backward
+differentiation is in trouble) cannot be read off a point, but tried: now and then another method takes a few steps, and the
+one that pays less per unit of logarithmic time goes on. Trials are not lost, as all methods continue from the same accepted
+points, those with a memory through the points that others accepted; but a multistep method has to find its step and order
+again after one. So trials must be worth it: each method's may only take a small share of what is spent, less if it lost
+before, and methods whose steps cost more than they can be longer are not tried.
 
 Costs are the counts times what was measured (seconds per gradient, product, Hessian and factorisation), once for objectives
 of one kind in one process: there, and where a flow is resumed, choices are the same each time. In another process they may
@@ -38,22 +43,25 @@ from torch_gradflow.objectives.base import DerivativeError, EvaluationCounts, Ob
 
 _T = TypeVar("_T")
 
-# The method of the first steps: it needs nothing but gradients, and pieces that are shorter see no other.
-# Backward differentiation of order 4 can go on from so many steps.
+# The method of the first steps: it needs nothing but gradients. Backward differentiation of order 4 can go on from so many.
 FIRST, FIRST_STEPS = "dopri5", 5
+# The method for gradients with kinks. To an error of 10⁻³ it took between 0.7 and 1.4 times as long as "bdf-secant" on 2-8-1
+# with ReLU (seeds 1–3), to 3 × 10⁻⁴ half as long; "dopri5" was up to six times less accurate.
+ROUGH = "rkc2"
 # Methods whose steps the largest curvature limits, not accuracy.
 STABILITY_LIMITED = ("dopri5", "rkc2")
 # Accepted steps of a trial, and how many of them are left out of its judgement while a method finds its order and step.
 TRIAL, WARM_UP = {True: 18, False: 5}, {True: 12, False: 2}
-# What trials of one method may take of all that others spend meanwhile: of a one-step method; of exponential steps while the
-# gradient grows; of a one-step method while backward differentiation is in trouble; and of backward differentiation, which
-# soon pays where it does not yet.
+# What trials of a method may take of all that others spend meanwhile: at any time; of exponential steps while the gradient
+# grows; of any while backward differentiation is in trouble; and of backward differentiation, which soon pays where it does
+# not yet.
 SHARE, SHARE_GROWING, SHARE_TROUBLE, SHARE_STIFF = 0.03, 0.15, 0.25, 0.15
 # A method that lost waits twice as long, or as many times as long as it paid more, but at most so many times.
 MAX_BACKOFF = 16.0
 # A trial ends early where it takes this many times what was expected.
 HOPELESS = 2.0
-# Exponential steps are tried where they cost no more than this many of backward differentiation: longer ones they rarely are.
+# Exponential steps are tried where one costs no more than so many of those of the method in charge: few are that much longer.
+# (On T33, with 2.6, trials and finding the step again took 5 to 10 % of a flow, and none won.)
 LONGER = 2.0
 # A one-step method takes over if it pays less than this fraction of what the one in charge pays; exponential steps where the
 # gradient does not grow only below the second: what they gain in curved valleys does not last. Backward differentiation may
@@ -66,26 +74,25 @@ GROWING, FORGETTING = 2.8, 0.8
 # Backward differentiation is in trouble, by modes that grow or a loss that is not smooth, where over its last (about fifteen)
 # steps so much comes together: a rejection counts as two, an order of 1 or 2, which smooth flows soon leave, as one.
 TROUBLE, REMEMBERED, REJECTION, LOW_ORDER = 8.0, 0.93, 2.0, 2
-# Of how far along the flow, relative to ‖θ‖, ``has_kinks`` looks, and how far second differences of a smooth gradient may be
-# from a fourth of those over twice the distance. On tanh, softplus, SiLU, GELU, ELU the ratio was 3.92 to 4.01; on ReLU,
-# LeakyReLU, Hardtanh it was between 0.2 and 5, or above 8, but where the data are few.
+# How far along the gradient, relative to ‖θ‖, ``has_kinks`` looks, and how far from 4 the ratio may be that is 4 for a smooth
+# gradient: on networks with tanh, softplus, SiLU, GELU and ELU it was 3.92 to 4.01 (ELU: 4.44 on 20 points), with ReLU,
+# LeakyReLU and Hardtanh, on 100 points and more, everything but that.
 NEARBY, SMOOTH = 3e-3, 0.15
 # Calls that take so many seconds are timed once.
 SLOW = 0.02
-# Gradients per step of "bdf-secant"; seconds per gradient, and per
-# gradient and number kept of the Hessian, that its own arithmetic takes beyond that of other methods.
+# Gradients per step of "bdf-secant"; and seconds per gradient, and per gradient and number kept of the Hessian, that its own
+# arithmetic takes beyond that of a step of other methods.
 SECANT_GRADIENTS, SECANT_CALL, SECANT_ENTRY = 4.0, 1e-5, 2e-9
 # Seconds per product that "bdf-cg" spends itself.
 PRODUCT_CALL = 1e-4
-# Gradients per step of "rkc2", which makes steps longer by a factor with the square root of that factor: for those of
-# ``FIRST``, which are no longer than stability allows, and at least.
+# Gradients per step of "rkc2": for a step as long as those of ``FIRST``, which stability allows (√(3.3/0.65) at its boundary;
+# with longer ones they grow by the root), and at least.
 RKC2_GRADIENTS, RKC2_LEAST = 2.3, 4.0
 # A method that took so many steps lately is known to cost what these took.
 SERVED = 2.5
-# The first step of backward differentiation, in those of ``FIRST``.
-HANDED_OVER = 0.1
-# And where it goes on from points that another method took, in what it would have been.
-RESUMED = 0.5
+# The first step of backward differentiation, in those of ``FIRST``: near the stability boundary of these, polynomials through
+# their points are noisy. And where it comes back to points that another method took, in what it would have been.
+HANDED_OVER, RESUMED = 0.1, 0.5
 # Steps that a multistep method in charge takes before others may try: it begins with short ones of low order.
 SETTLE = 40
 # The flow ends where so many methods could not go on.
@@ -141,14 +148,14 @@ class Costs:
         gradient, cubic = 1e-4, 1e-10 * n_parameters**3
         if n_parameters > DENSE_LIMIT:
             return cls(gradient, 2 * gradient)
-        return cls(gradient, 2 * gradient, (1 + n_parameters / 8) * gradient, cubic / 3, 10 * cubic)
+        return cls(gradient, 2 * gradient, (1 + n_parameters / 16) * gradient, cubic / 3, 10 * cubic)
 
     def of(self, counts: EvaluationCounts, before: EvaluationCounts, factorisation: float) -> float:
         """What was spent between two states of the counts."""
         n_hessian = counts.n_hessian - before.n_hessian
         spent = (counts.n_grad - before.n_grad) * self.gradient
         if counts.n_hvp > before.n_hvp:
-            spent += (counts.n_hvp - before.n_hvp) * (self.hvp + PRODUCT_CALL)
+            spent += (counts.n_hvp - before.n_hvp) * self.hvp
         return spent + n_hessian * (self.hessian + factorisation) if n_hessian else spent
 
     def factorisation(self, method: str) -> float:
@@ -161,12 +168,12 @@ def secant_arithmetic(n_parameters: int) -> float:
     return SECANT_CALL + SECANT_ENTRY * n_parameters * (n_parameters if n_parameters <= MATRIX_LIMIT else 4 * RANK)
 
 
-def differentiations(costs: Costs, n_parameters: int, known: Sequence[str], rtol: float = 1e-6) -> dict[str, float]:
+def differentiations(costs: Costs, n_parameters: int, known: Sequence[str], rtol: float) -> dict[str, float]:
     """What a step of backward differentiation is expected to cost in each of its ways, the cheapest first.
 
     Their steps are the same. Per step, "bdf" takes one Hessian and its factorisation (and a gradient at loose tolerances),
     "bdf-cg" a gradient, about 4 products and every sixth time a Hessian and its eigendecomposition (about 25 products and no
-    Hessian beyond ``DENSE_LIMIT``), and "bdf-secant" about 4 gradients and some arithmetic of its own, as measured on networks of 33 to 601 parameters.
+    Hessian beyond ``DENSE_LIMIT``), and "bdf-secant" about 4 gradients, as measured on networks of 33 to 601 parameters.
 
     Args:
         costs: What was measured.
@@ -197,13 +204,16 @@ def has_kinks(objective: Objective, theta: Tensor, gradient: Tensor) -> bool:
         theta: θ, shape ``(P,)``.
         gradient: ∇L(θ), shape ``(P,)``.
     """
-    direction = gradient * (NEARBY * theta.norm() / gradient.norm().clamp(min=torch.finfo(gradient.dtype).tiny))
+    slope = float(gradient.norm())
+    if not slope:
+        return False
     sizes, noise = [], 0.0
-    for part in (1.0, 0.5):
-        ahead, behind = (objective.loss_and_gradient(theta + sign * part * direction)[1] for sign in (-1, 1))
+    for part in (NEARBY, 0.5 * NEARBY):
+        displacement = gradient * (part * float(theta.norm()) / slope)
+        ahead, behind = (objective.loss_and_gradient(theta + sign * displacement)[1] for sign in (-1, 1))
         sizes.append(float((ahead - 2 * gradient + behind).norm()))
         noise = max(noise, 1e3 * objective.resolution * float(ahead.norm()))
-    return sizes[1] > noise and abs(sizes[0] / sizes[1] - 4) > SMOOTH
+    return noise < sizes[1] and math.isfinite(sizes[0]) and abs(sizes[0] / sizes[1] - 4) > SMOOTH
 
 
 @dataclass
@@ -301,7 +311,7 @@ class _Race:
         self._costs: Costs | None = None
         # What a step of backward differentiation is expected to cost in each of its ways, the cheapest first.
         self._ways: dict[str, float] = {}
-        # The longest steps that are known to be stable, and whether the loss is not smooth.
+        # Steps of this length are known to be stable; whether the gradient has kinks.
         self._stable, self._kinked = 0.0, False
         self._charge = self._current = FIRST
         self._n_trial = self._n_steps = self._n_in_charge = 0
@@ -318,8 +328,8 @@ class _Race:
         if memory is not None and memory.times[0] == start.t:
             self._recall(memory)
             reason = "as before"
-        elif "rkc2" in methods and has_kinks(objective, start.theta, start.gradient):
-            self._charge = self._current = "rkc2"
+        elif ROUGH in methods and has_kinks(objective, start.theta, start.gradient):
+            self._charge = self._current = ROUGH
             self._kinked = True
             reason = "the gradient has kinks"
         self._choices = [Choice(start.t, self._current, reason)]
@@ -354,15 +364,13 @@ class _Race:
         evaluations = self._limit - n_evaluations(self._objective.counts)
         if self._n_trial and self._costs is not None:
             evaluations = min(evaluations, max(20.0, HOPELESS * self._price(self._current) / self._costs.gradient))
-        step_size = entrant.step_size or self._entrants[self._charge].step_size or None
-        if multistep:
-            if step_size is None:
-                step_size = HANDED_OVER * self._entrants[FIRST].step_size or None
-            elif entrant.memory is None or entrant.memory.times[0] != self._times[0]:
-                # Where accuracy limits steps, they grow with the flow's own time while others serve.
-                gone = (self._times[0] - self._origin + self._unit) / (entrant.seen - self._origin + self._unit)
-                step_size *= RESUMED * (gone if entrant.seen else 1.0)
-        span = replace(self._span, step_size=step_size, max_evals=evaluations)
+        step_size = entrant.step_size or self._entrants[self._charge].step_size
+        if entrant.seen and entrant.step_size and self._current not in STABILITY_LIMITED:
+            # Where accuracy limits steps, they grow with the flow's own time while others serve.
+            step_size *= (self._times[0] - self._origin + self._unit) / (entrant.seen - self._origin + self._unit)
+        if multistep and (entrant.memory is None or entrant.memory.times[0] != self._times[0]):
+            step_size = RESUMED * step_size or HANDED_OVER * self._entrants[FIRST].step_size
+        span = replace(self._span, step_size=step_size or None, max_evals=evaluations)
 
         def visit(arrival: Arrival) -> bool:
             self._knot, self._approximate = arrival.knot, arrival.approximate
@@ -401,9 +409,10 @@ class _Race:
         self._counts = replace(counts)
         if self._costs is None:
             return float(counts.n_grad - before.n_grad)
-        own = secant_arithmetic(self._objective.n_parameters) if self._current == "bdf-secant" else 0.0
         spent = self._costs.of(counts, before, self._costs.factorisation(self._current))
-        return spent + own * (counts.n_grad - before.n_grad)
+        if self._current == "bdf-secant":
+            spent += (counts.n_grad - before.n_grad) * secant_arithmetic(self._objective.n_parameters)
+        return spent + (counts.n_hvp - before.n_hvp) * PRODUCT_CALL
 
     def _log(self, t: float) -> float:
         return math.log1p((t - self._origin) / self._unit) if self._unit else 0.0
@@ -436,32 +445,29 @@ class _Race:
         way = min(self._ways, key=self._step_cost)
         ratio = self._step_cost(self._charge) / self._step_cost(way)
         if ratio > DEARER:
-            last = self._entrants[self._charge]
-            self._entrants[way].step_size, self._entrants[way].seen = last.step_size, last.seen
-            reason = f"steps of {self._charge} take {ratio:.2f} times as long as is expected"
+            self._entrants[way].step_size, self._entrants[way].seen = self._entrants[self._charge].step_size, self._times[0]
+            reason = f"its steps are expected to take {1 / ratio:.2f} times what those of {self._charge} do"
             self._charge = self._current = way
             self._n_in_charge = 0
             self._choices.append(Choice(self._times[0], way, reason))
         return ratio > DEARER
 
     def _is_due(self, name: str) -> bool:
-        """Whether it is time for a trial: others spent enough, and what it may gain is worth it."""
-        entrant, step, charge = self._entrants[name], self._step_cost(name), self._step_cost(self._charge)
-        in_trouble = self._charge in self._ways and self._trouble > TROUBLE
+        """Whether it is time for a trial: others spent enough, and its steps may be worth what they cost."""
+        entrant, share, longer = self._entrants[name], SHARE, 1.0
         if name in (FIRST, self._charge):
             return False
         if name in self._ways:
             if self._charge in self._ways or name != min(self._ways, key=self._step_cost):
                 return False
-            # Where there are kinks its steps are no longer than those of others.
-            share, longer = (SHARE, 1.0) if self._kinked else (SHARE_STIFF, math.inf)
+            if not self._kinked:
+                share, longer = SHARE_STIFF, math.inf
         elif name == "exprb53":
             share, longer = SHARE_GROWING if self._growth > GROWING else SHARE, LONGER
-        else:
-            share, longer = SHARE if self._charge not in self._ways else 0.0, math.inf
-        if in_trouble:
-            share = SHARE_TROUBLE
-        return step <= longer * charge and entrant.since * share >= entrant.backoff * self._price(name)
+        if self._charge in self._ways and self._trouble > TROUBLE:
+            share, longer = SHARE_TROUBLE, max(longer, LONGER)
+        fits = self._step_cost(name) <= longer * self._step_cost(self._charge)
+        return fits and entrant.since * share >= entrant.backoff * self._price(name)
 
     def _step_cost(self, name: str) -> float:
         """Of one step: as measured where the method served, else as expected."""
@@ -474,7 +480,7 @@ class _Race:
         if name == "rkc2":
             longer = self._entrants[self._charge].step_size / self._stable
             return costs.gradient * max(RKC2_LEAST, RKC2_GRADIENTS * math.sqrt(longer))
-        return self._ways.get(name, 6 * costs.gradient)
+        return 6 * costs.gradient if name == FIRST else self._ways.get(name, math.inf)
 
     def _price(self, name: str) -> float:
         """What a trial is expected to cost; ``inf`` for what is not possible."""
@@ -483,8 +489,8 @@ class _Race:
 
     def _threshold(self) -> float:
         """At which fraction of what is paid now the method on trial takes over."""
-        if self._current in self._ways:
-            return TAKE_OVER if self._kinked else LENIENT
+        if self._current in self._ways and not self._kinked:
+            return LENIENT
         return STRICT if self._current == "exprb53" and self._growth <= GROWING else TAKE_OVER
 
     def _note_growth(self, gradient: Tensor) -> None:
@@ -494,7 +500,7 @@ class _Race:
         self._size = size
 
     def _open(self) -> None:
-        """The first steps are done: measure, and let others try."""
+        """The first steps are done: measure, and choose."""
         self._expect(self._measure(self._objective, self._theta[0]))
         assert self._costs is not None
         self._counts = replace(self._objective.counts)
@@ -506,14 +512,12 @@ class _Race:
             entrant.paid = entrant.gained = entrant.n_steps = 0.0
         for newer, older in pairwise(self._times[:6]):
             self._entrants[FIRST].note(6 * self._costs.gradient, self._log(newer) - self._log(older))
-        listed = ", ".join(f"{name} {1e3 * cost:.3g} ms" for name, cost in self._ways.items())
-        reason = f"expected costs per step: {listed}; others are tried"
         if self._kinked:
             return
         # Backward differentiation may not pay yet, but stiffness comes, and what it begins early it goes on with.
         self._charge = self._current = next(iter(self._ways), self._charge)
-        self._n_in_charge = 0
-        self._choices.append(Choice(self._times[0], self._charge, reason))
+        listed = ", ".join(f"{name} {1e3 * cost:.3g} ms" for name, cost in self._ways.items())
+        self._choices.append(Choice(self._times[0], self._charge, f"expected costs per step: {listed}"))
 
     def _expect(self, costs: Costs) -> None:
         """What steps cost follows from what calls cost."""
@@ -538,7 +542,8 @@ class _Race:
     def _lose(self) -> None:
         entrant = self._entrants[self._current]
         ratio = entrant.rate / max(self._entrants[self._charge].rate, 1e-300)
-        entrant.backoff = min(max(2.0, ratio) * entrant.backoff, MAX_BACKOFF)
+        if self._current not in self._ways or self._kinked:
+            entrant.backoff = min(max(2.0, ratio) * entrant.backoff, MAX_BACKOFF)
         entrant.since = 0.0
         self._current, self._n_trial = self._charge, 0
 
