@@ -457,7 +457,7 @@ class _Race:
     def _is_due(self, name: str) -> bool:
         """Whether it is time for a trial: others spent enough, and its steps may be worth what they cost."""
         entrant, share, longer = self._entrants[name], SHARE, math.inf
-        if name in (FIRST, self._charge):
+        if name in (FIRST, self._charge) or not math.isfinite(self._price(name)):
             return False
         if name in self._ways:
             if self._charge in self._ways or name != min(self._ways, key=self._promise):
