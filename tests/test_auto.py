@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from functools import cache
+from dataclasses import replace
+from functools import cache, partial
 from itertools import pairwise
 
 import numpy as np
@@ -15,7 +16,7 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from torch_gradflow import GradientFlow, integrate
-from torch_gradflow.flow.auto import FIRST, Auto, Costs, differentiations
+from torch_gradflow.flow.auto import FIRST, Auto, Costs, differentiations, is_rough
 from torch_gradflow.flow.method import Arrival, Span
 from torch_gradflow.flow.methods import METHODS, RACING, find_method
 from torch_gradflow.flow.solution import Knot
@@ -76,7 +77,7 @@ DEAR = Costs(gradient=1e-3, hvp=1.0, hessian=1e3, cholesky=1e2, eigh=1e3)
 )
 def test_the_cheapest_way_of_backward_differentiation(costs: Costs, known: tuple[str, ...], best: str) -> None:
     """Of those that are known and possible; what was not measured is not expected of anything."""
-    found = differentiations(costs, 33, known)
+    found = differentiations(costs, 33, known, 1e-6)
     assert next(iter(found), "") == best
     assert list(found.values()) == sorted(found.values())
     assert set(found) <= set(known)
@@ -327,3 +328,85 @@ def test_stats_of_an_optimizer_tell_what_served(monkeypatch: pytest.MonkeyPatch)
     assert all(one.method != other.method for one, other in pairwise(choices))
     assert optimizer.stats.method == choices[-1].method
     assert errors(flat(model), reference()[2]) < 1e-5
+
+
+# What it costs
+
+
+def network(activation: nn.Module, *sizes: int, dtype: torch.dtype | None = None) -> tuple[ModuleObjective, Tensor]:
+    torch.manual_seed(1)
+    layers = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), activation)][:-1]
+    x = torch.randn(200, sizes[0], dtype=torch.float64)
+    y = (torch.sin(2 * x[:, 0]) * torch.cos(x[:, -1]))[:, None]
+    objective = ModuleObjective(nn.Sequential(*layers).double(), nn.functional.mse_loss, (x, y), dtype=dtype)
+    return objective, objective.initial_theta()
+
+
+@pytest.mark.parametrize("activation", [nn.Tanh(), nn.Softplus(), nn.SiLU(), nn.GELU(), nn.Sigmoid()])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_smooth_networks_are_smooth(activation: nn.Module, dtype: torch.dtype) -> None:
+    objective, theta = network(activation, 2, 8, 8, 1, dtype=dtype)
+    assert not is_rough(objective, theta, objective.loss_and_gradient(theta)[1])
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.LeakyReLU(), nn.Hardtanh()])
+def test_networks_with_kinks_are_rough(activation: nn.Module) -> None:
+    objective, theta = network(activation, 2, 8, 8, 1)
+    assert is_rough(objective, theta, objective.loss_and_gradient(theta)[1])
+    assert objective.counts.n_grad == 7
+
+
+def test_a_stationary_point_is_not_rough() -> None:
+    objective = function(lambda x: x.square().sum(), 3)
+    theta = torch.zeros(3, dtype=torch.float64)
+    assert not is_rough(objective, theta, objective.loss_and_gradient(theta)[1])
+
+
+def counted(objective: Objective, theta0: Tensor, t_end: float, method: str, costs: Costs) -> tuple[float, Tensor]:
+    """Seconds by counts and costs, where both factorisations cost the same."""
+    before = replace(objective.counts)
+    solution = integrate(objective, theta0, (0.0, t_end), method=method, rtol=1e-6, atol=1e-6, t_eval=[0.0, t_end])
+    assert solution.status == "t_end"
+    return costs.of(objective.counts, before, costs.factorisation(method)), solution.theta[-1]
+
+
+@pytest.mark.parametrize(
+    ("make", "t_end", "costs"),
+    [
+        (t33, 1e5, Costs(1.0, 1.6, 2.5, 0.2, 0.2)),
+        (partial(network, nn.Tanh(), 2, 10, 10, 1), 300.0, Costs(1.0, 1.8, 17.0, 2.0, 2.0)),
+    ],
+)
+def test_it_costs_little_more_than_the_best_method(
+    make: Callable[[], tuple[ModuleObjective, Tensor]], t_end: float, costs: Costs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At costs about as measured on such networks, in gradients: what the choice itself takes is bounded."""
+    fixed_costs(monkeypatch, costs)
+    objective, theta0 = make()
+    spent, found = counted(objective, theta0, t_end, "auto", costs)
+    single = {name: counted(objective, theta0, t_end, name, costs) for name in ("bdf", "bdf-secant", "bdf-cg")}
+    assert spent < 1.2 * min(cost for cost, _ in single.values())
+    assert errors(found, single["bdf"][1]) < 1e-4
+
+
+def test_where_it_is_rough_chebyshev_steps_begin(monkeypatch: pytest.MonkeyPatch) -> None:
+    costs = Costs(1.0, 2.0, 3.6, 0.3, 4.8)
+    fixed_costs(monkeypatch, costs)
+    objective, theta0 = network(nn.ReLU(), 2, 8, 8, 1)
+    before = objective.counts.n_grad
+    solution = integrate(objective, theta0, (0.0, 10.0), rtol=1e-4, atol=1e-4)
+    spent = objective.counts.n_grad - before
+    assert solution.choices[0].method == "rkc2"
+    assert "not smooth" in solution.choices[0].reason
+    alone = integrate(objective, theta0, (0.0, 10.0), rtol=1e-4, atol=1e-4, method="rkc2")
+    assert spent < 1.3 * alone.n_grad
+    assert errors(solution.theta[-1], alone.theta[-1]) < 1e-2
+
+
+def test_steps_that_cost_less_than_expected_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A way of backward differentiation whose steps turn out dear hands over to the one expected to cost less."""
+    fixed_costs(monkeypatch, Costs(gradient=1.0, hvp=50.0, hessian=4.1, cholesky=0.2, eigh=100.0))
+    objective, theta0 = t33()
+    solution = integrate(objective, theta0, (0.0, 1e6), rtol=1e-6)
+    assert [choice.method for choice in solution.choices] == [FIRST, "bdf-secant", "bdf"]
+    assert "are expected to take" in solution.choices[-1].reason

@@ -1,11 +1,16 @@
 """The method that chooses: by measured costs, by what each method makes of this flow, and again while the flow changes.
 
-Which method is the cheapest depends on the problem (sizes, what a Hessian costs), on the machine, and on where the flow is:
-explicit steps at the very start, exponential ones at saddles, backward differentiation in curved valleys. None of that can be
-read off a point; but it can be tried. One method is in charge; now and then another one takes a few steps, and the one that
-pays less per unit of logarithmic time goes on. All of them continue from the same accepted points, those with a memory
-through the points that others accepted, so a trial costs no more than its few steps, and these are not lost either. Trials of
-a method that lost become rarer.
+A few explicit steps come first. Then backward differentiation is in charge, in the way (dense, by conjugate gradients, by
+secants) whose steps are expected to cost least, as they cost what they cost anywhere: so many gradients, products, Hessians
+and factorisations, each measured. Where another way is found to cost less, it goes on. Where the gradient is not smooth, as
+six gradients tell at the start, explicit Chebyshev steps are in charge instead: smoothness is what high orders live on.
+
+Whether other kinds of steps pay (exponential ones at saddles; Chebyshev ones where they cost less, or where backward
+differentiation is in trouble) cannot be read off a point, but tried: now and then another method takes a few steps, and the
+one that pays less per unit of logarithmic time goes on. Trials are not lost, as all methods continue from the same accepted
+points, those with a memory through the points that others accepted; but a multistep method has to find its step and order
+again after one. So trials must be worth it: each method's may only take a small share of what is spent, less if it lost
+before, and methods whose steps cost more than they can be longer are not tried.
 
 Costs are the counts times what was measured (seconds per gradient, product, Hessian and factorisation), once for objectives
 of one kind in one process: there, and where a flow is resumed, choices are the same each time. In another process they may
@@ -19,11 +24,13 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from torch_gradflow.flow.bdf import VERIFY_ABOVE
 from torch_gradflow.flow.bdf_cg import DENSE_LIMIT
 from torch_gradflow.flow.bdf_secant import DENSE_LIMIT as MATRIX_LIMIT
 from torch_gradflow.flow.bdf_secant import RANK
@@ -36,42 +43,62 @@ from torch_gradflow.objectives.base import DerivativeError, EvaluationCounts, Ob
 
 _T = TypeVar("_T")
 
-# The method of the first steps: it needs nothing but gradients, and pieces that are shorter see no other.
-FIRST, FIRST_STEPS = "dopri5", 8
+# The method of the first steps: it needs nothing but gradients. Backward differentiation of order 4 can go on from so many.
+FIRST, FIRST_STEPS = "dopri5", 5
+# The method for gradients that are not smooth. On 2-8-1 with ReLU (seeds 1–3) it took between 0.85 and 1.4 times as many
+# gradients as "bdf-secant" to an error of 10⁻³, and less than that to 3 × 10⁻⁴; "dopri5" was up to six times less accurate.
+ROUGH = "rkc2"
 # Methods whose steps the largest curvature limits, not accuracy.
 STABILITY_LIMITED = ("dopri5", "rkc2")
-# Exponential steps take an eigendecomposition each: beyond so many parameters it outweighs what they save.
-EXPONENTIAL_LIMIT = 400
 # Accepted steps of a trial, and how many of them are left out of its judgement while a method finds its order and step.
 TRIAL, WARM_UP = {True: 18, False: 5}, {True: 12, False: 2}
-# A method takes over if it pays less than this fraction of what the one in charge pays.
-TAKE_OVER = 0.7
-# Backward differentiation takes over if it pays less than this: its trial begins on foreign points, and it gets better. And
-# exponential steps, where the gradient does not grow, only below this: what they gain in curved valleys does not last.
-LENIENT, STRICT = 1.3, 0.6
-# Where stability is soon to limit the steps of the one in charge, backward differentiation may even pay so much more.
-BEFORE_STIFFNESS = 2.0
+# What trials of a method may take of all that others spend meanwhile: at any time; of exponential steps while the gradient
+# grows; of any while backward differentiation is in trouble; and of backward differentiation, which soon pays where it does
+# not yet.
+SHARE, SHARE_GROWING, SHARE_TROUBLE, SHARE_STIFF = 0.03, 0.15, 0.25, 0.1
+# A method that lost waits twice as long, or as many times as long as it paid more, but at most so many times.
+MAX_BACKOFF = 8.0
+# A trial ends early where it takes this many times what was expected.
+HOPELESS = 2.0
+# While backward differentiation goes well, these are tried where one of their steps costs no more than so many of its own: few
+# are that much longer. (On T33, with 2.6, trials of "exprb53" and finding the step again after them took 5 to 10 % of a flow.)
+LONGER = {"exprb53": 2.0, "rkc2": 1.0}
+# A one-step method takes over if it pays less than this fraction of what the one in charge pays; exponential steps where the
+# gradient does not grow only below the second: what they gain in curved valleys does not last. Backward differentiation may
+# pay a little more than a one-step method: its trial begins on foreign points, and it gets better.
+TAKE_OVER, STRICT, LENIENT = 0.7, 0.6, 1.2
+# One way of backward differentiation takes over from another that takes so many times what it is expected to take itself.
+DEARER = 1.3
 # The gradient grows (negative curvature along the flow: a saddle is being left) if it did so in most of the last five steps.
 GROWING, FORGETTING = 2.8, 0.8
-# A method that lost is tried again after this many times what a trial costs; twice as many each time it loses. The former is
-# for explicit methods in charge, the latter for those that stiffness does not hold up.
-FIRST_WAIT, SETTLED_WAIT, MAX_WAIT = 12.0, 100.0, 400.0
-# A trial ends early where it pays this many times as much.
-HOPELESS = 4.0
-# Backward differentiation is in trouble when so many of its last (about fifteen) steps took a rejection.
-TROUBLE, REMEMBERED = 2.5, 0.93
+# Backward differentiation is in trouble, by modes that grow or a loss that is not smooth, where over its last (about fifteen)
+# steps so much comes together: a rejection counts as two, an order of 1 or 2, which smooth flows soon leave, as one.
+TROUBLE, REMEMBERED, REJECTION, LOW_ORDER = 8.0, 0.93, 2.0, 2
+# How far along the gradient, relative to ‖θ‖, ``is_rough`` looks, and how far from 4 the ratios may be that are 4 for a smooth
+# gradient: on networks with tanh, softplus, SiLU, GELU and ELU they were 3.92 to 4.01 (ELU: 4.44 on 20 points), with ReLU,
+# LeakyReLU and Hardtanh, on 100 points and more, everything but that.
+NEARBY, SMOOTH = (2e-2, 1e-2, 5e-3), 0.15
 # Calls that take so many seconds are timed once.
 SLOW = 0.02
-# Seconds per gradient, and per gradient and number kept of the Hessian, that "bdf-secant" spends on its own arithmetic.
-SECANT_CALL, SECANT_ENTRY = 8e-5, 6e-9
-# Ways of backward differentiation that are expected to take no more than so many times the cheapest one's cost are tried, too.
-RIVAL = 2.5
+# Gradients per step of "bdf-secant"; and seconds per gradient, and per gradient and number kept of the Hessian, that its own
+# arithmetic takes beyond that of a step of other methods.
+SECANT_GRADIENTS, SECANT_CALL, SECANT_ENTRY = 4.0, 1e-5, 2e-9
+# Seconds per product that "bdf-cg" spends itself.
+PRODUCT_CALL = 1e-4
+# Gradients per step of "rkc2": for a step as long as those of ``FIRST``, which stability allows (√(3.3/0.65) at its boundary;
+# with longer ones they grow by the root), and at least.
+RKC2_GRADIENTS, RKC2_LEAST = 2.3, 4.0
+# A method that took so many steps lately is known to cost what these took.
+SERVED = 2.5
+# The first step of backward differentiation, in those of ``FIRST``: near the stability boundary of these, polynomials through
+# their points are noisy. And where it comes back to points that another method took, in what it would have been.
+HANDED_OVER, RESUMED = 0.1, 0.5
 # Steps that a multistep method in charge takes before others may try: it begins with short ones of low order.
 SETTLE = 40
 # The flow ends where so many methods could not go on.
 ENOUGH = 3
 # How much the latest step counts in what is paid.
-LATEST = 0.2
+LATEST = 0.05
 
 
 @dataclass(frozen=True)
@@ -121,7 +148,7 @@ class Costs:
         gradient, cubic = 1e-4, 1e-10 * n_parameters**3
         if n_parameters > DENSE_LIMIT:
             return cls(gradient, 2 * gradient)
-        return cls(gradient, 2 * gradient, (1 + n_parameters / 8) * gradient, cubic / 3, 10 * cubic)
+        return cls(gradient, 2 * gradient, (1 + n_parameters / 16) * gradient, cubic / 3, 10 * cubic)
 
     def of(self, counts: EvaluationCounts, before: EvaluationCounts, factorisation: float) -> float:
         """What was spent between two states of the counts."""
@@ -141,29 +168,54 @@ def secant_arithmetic(n_parameters: int) -> float:
     return SECANT_CALL + SECANT_ENTRY * n_parameters * (n_parameters if n_parameters <= MATRIX_LIMIT else 4 * RANK)
 
 
-def differentiations(costs: Costs, n_parameters: int, known: Sequence[str]) -> dict[str, float]:
+def differentiations(costs: Costs, n_parameters: int, known: Sequence[str], rtol: float) -> dict[str, float]:
     """What a step of backward differentiation is expected to cost in each of its ways, the cheapest first.
 
-    Their steps are the same. Per step, "bdf" takes one Hessian and its factorisation, "bdf-cg" a gradient, about 4 products
-    and every seventh time a Hessian and its eigendecomposition (about 25 products and no Hessian beyond ``DENSE_LIMIT``), and
-    "bdf-secant" about 4.5 gradients and some arithmetic of its own, as measured on networks of 33 to 601 parameters.
+    Their steps are the same. Per step, "bdf" takes one Hessian and its factorisation (and a gradient at loose tolerances),
+    "bdf-cg" a gradient, about 4 products and every sixth time a Hessian and its eigendecomposition (about 25 products and no
+    Hessian beyond ``DENSE_LIMIT``), and "bdf-secant" about 4 gradients, as measured on networks of 33 to 601 parameters.
 
     Args:
         costs: What was measured.
         n_parameters: P.
         known: The methods that may serve.
+        rtol: The relative tolerance.
 
     Returns:
         Seconds per step, of the known methods that are possible.
     """
     dense = not math.isnan(costs.hessian)
-    per_step = {"bdf-secant": 4.5 * (costs.gradient + secant_arithmetic(n_parameters))}
+    per_step = {"bdf-secant": SECANT_GRADIENTS * (costs.gradient + secant_arithmetic(n_parameters))}
     if not math.isnan(costs.hvp):
-        products = 4 * costs.hvp + (costs.hessian + costs.eigh) / 7 if dense else 25 * costs.hvp
+        products = (4 if dense else 25) * (costs.hvp + PRODUCT_CALL) + ((costs.hessian + costs.eigh) / 6 if dense else 0.0)
         per_step["bdf-cg"] = costs.gradient + products
     if dense:
-        per_step["bdf"] = costs.hessian + costs.cholesky
+        per_step["bdf"] = costs.hessian + costs.cholesky + (costs.gradient if rtol > VERIFY_ABOVE else 0.0)
     return {name: cost for name, cost in sorted(per_step.items(), key=lambda item: item[1]) if name in known}
+
+
+def is_rough(objective: Objective, theta: Tensor, gradient: Tensor) -> bool:
+    """Whether the gradient is not smooth near a point, as that of a ReLU network jumps: by six more gradients.
+
+    Second differences of a smooth gradient over δ are four times those over δ/2. Across jumps they are nothing of the kind.
+
+    Args:
+        objective: L.
+        theta: θ, shape ``(P,)``.
+        gradient: ∇L(θ), shape ``(P,)``.
+    """
+    slope = float(gradient.norm())
+    if not slope:
+        return False
+    sizes, noise = [], 0.0
+    for part in NEARBY:
+        displacement = gradient * (part * float(theta.norm()) / slope)
+        ahead, behind = (objective.loss_and_gradient(theta + sign * displacement)[1] for sign in (-1, 1))
+        sizes.append(float((ahead - 2 * gradient + behind).norm()))
+        noise = max(noise, 1e3 * objective.resolution * float(ahead.norm()))
+    if not all(noise < size < math.inf for size in sizes):
+        return False
+    return any(abs(wide / narrow - 4) > SMOOTH for wide, narrow in pairwise(sizes))
 
 
 @dataclass
@@ -172,20 +224,22 @@ class _Entrant:
 
     Attributes:
         method: The method.
-        wait: After how much spent by others it is tried (again); ``inf`` if it is not in the race.
-        since: What was spent since its last trial.
+        backoff: How many times as long as at first it waits for its next trial, because it lost.
+        since: What others spent since its last one.
         paid: What its latest steps took, an exponential average.
         gained: The logarithmic time that they gained, in the same average.
+        n_steps: How many they are, in the same average.
         step_size: What its controller wanted next.
         seen: When that was, in flow time; 0.0 if never.
         memory: What it left when it served last.
     """
 
     method: FlowMethod
-    wait: float = math.inf
+    backoff: float = 1.0
     since: float = 0.0
     paid: float = 0.0
     gained: float = 0.0
+    n_steps: float = 0.0
     step_size: float = 0.0
     seen: float = 0.0
     memory: Memory | None = None
@@ -197,12 +251,13 @@ class _Entrant:
 
     def note(self, paid: float, gained: float) -> None:
         """A step."""
-        keep = 1 - LATEST if self.gained else 0.0
+        keep = 1 - LATEST
         self.paid, self.gained = keep * self.paid + paid, keep * self.gained + gained
+        self.n_steps = keep * self.n_steps + 1
 
     def numbers(self) -> tuple[float, ...]:
         """All but the method and its memory."""
-        return self.wait, self.since, self.paid, self.gained, self.step_size, self.seen
+        return self.backoff, self.since, self.paid, self.gained, self.n_steps, self.step_size, self.seen
 
 
 class Auto(FlowMethod):
@@ -256,6 +311,10 @@ class _Race:
         self._limit = n_evaluations(objective.counts) + span.max_evals
         self._counts = replace(objective.counts)
         self._costs: Costs | None = None
+        # What a step of backward differentiation is expected to cost in each of its ways, the cheapest first.
+        self._ways: dict[str, float] = {}
+        # Steps of this length are known to be stable; whether the gradient is not smooth.
+        self._stable, self._rough = 0.0, False
         self._charge = self._current = FIRST
         self._n_trial = self._n_steps = self._n_in_charge = 0
         self._times: tuple[float, ...] = (start.t,)
@@ -271,6 +330,10 @@ class _Race:
         if memory is not None and memory.times[0] == start.t:
             self._recall(memory)
             reason = "as before"
+        elif ROUGH in methods and is_rough(objective, start.theta, start.gradient):
+            self._charge = self._current = ROUGH
+            self._rough = True
+            reason = "the gradient is not smooth"
         self._choices = [Choice(start.t, self._current, reason)]
 
     def run(self) -> RunEnd:
@@ -288,7 +351,7 @@ class _Race:
             self._knot, self._approximate = end.knot, end.approximate
             if end.status == "t_end":
                 self._entrants[self._current].memory = end.memory
-                self._note(end.knot)
+                self._note(end.knot, end.order)
             elif end.status != "visit" and not self._recovers(end):
                 return self._end(end)
             if end.status == "t_end" or self._stop:
@@ -302,18 +365,18 @@ class _Race:
             self._knot, self._approximate = replace_gradient(self._knot, self._objective), False
         evaluations = self._limit - n_evaluations(self._objective.counts)
         if self._n_trial and self._costs is not None:
-            charge = self._entrants[self._charge]
-            allowed = HOPELESS * max(charge.paid, charge.rate * entrant.gained) + 20 * self._costs.gradient
-            evaluations = min(evaluations, max(20.0, allowed / self._costs.gradient))
-        step_size = entrant.step_size or self._entrants[self._charge].step_size or None
-        if step_size is not None and entrant.seen and self._log(self._times[0]) > 0 and self._current not in STABILITY_LIMITED:
+            evaluations = min(evaluations, max(20.0, HOPELESS * self._price(self._current) / self._costs.gradient))
+        step_size = entrant.step_size or self._entrants[self._charge].step_size
+        if entrant.seen and entrant.step_size and self._current not in STABILITY_LIMITED:
             # Where accuracy limits steps, they grow with the flow's own time while others serve.
             step_size *= (self._times[0] - self._origin + self._unit) / (entrant.seen - self._origin + self._unit)
-        span = replace(self._span, step_size=step_size, max_evals=evaluations)
+        if multistep and (entrant.memory is None or entrant.memory.times[0] != self._times[0]):
+            step_size = RESUMED * step_size or HANDED_OVER * self._entrants[FIRST].step_size
+        span = replace(self._span, step_size=step_size or None, max_evals=evaluations)
 
         def visit(arrival: Arrival) -> bool:
             self._knot, self._approximate = arrival.knot, arrival.approximate
-            self._note(arrival.knot)
+            self._note(arrival.knot, arrival.order)
             entrant.step_size, entrant.seen = arrival.step_size, arrival.knot.t
             entrant.memory = arrival.remember()
             self._decide()
@@ -322,7 +385,7 @@ class _Race:
 
         return entrant.method.run(self._objective, self._knot, span, visit, self._memory_for(self._current))
 
-    def _note(self, knot: Knot) -> None:
+    def _note(self, knot: Knot, order: int) -> None:
         """An accepted point, and what it took."""
         if knot.t - self._failed_at > 1e-3 * (knot.t - self._origin):
             self._failed.clear()
@@ -332,8 +395,9 @@ class _Race:
         self._n_steps += 1
         self._note_growth(knot.gradient)
         counts, before = self._objective.counts, self._counts
-        in_trouble = self._current == "bdf" and counts.n_hessian - before.n_hessian > 1
-        self._trouble = REMEMBERED * self._trouble + in_trouble
+        if self._current in self._ways:
+            rejected = self._current == "bdf" and counts.n_hessian - before.n_hessian > 1
+            self._trouble = REMEMBERED * self._trouble + REJECTION * rejected + (order <= LOW_ORDER)
         paid = self._spent()
         entrant = self._entrants[self._current]
         if not self._n_trial or self._n_trial > WARM_UP[entrant.method.n_points > 1]:
@@ -347,9 +411,10 @@ class _Race:
         self._counts = replace(counts)
         if self._costs is None:
             return float(counts.n_grad - before.n_grad)
-        own = secant_arithmetic(self._objective.n_parameters) if self._current == "bdf-secant" else 0.0
         spent = self._costs.of(counts, before, self._costs.factorisation(self._current))
-        return spent + own * (counts.n_grad - before.n_grad)
+        if self._current == "bdf-secant":
+            spent += (counts.n_grad - before.n_grad) * secant_arithmetic(self._objective.n_parameters)
+        return spent + (counts.n_hvp - before.n_hvp) * PRODUCT_CALL
 
     def _log(self, t: float) -> float:
         return math.log1p((t - self._origin) / self._unit) if self._unit else 0.0
@@ -368,118 +433,141 @@ class _Race:
             if entrant.rate < self._threshold() * charge.rate:
                 self._win()
             else:
-                self._lose(f"{self._current} pays {entrant.rate / charge.rate:.2f} times as much")
+                self._lose()
             return
         self._n_in_charge += 1
-        if entrant.method.n_points > 1 and self._n_in_charge < SETTLE:
+        if self._charge in self._ways and self._trouble <= TROUBLE and (self._n_in_charge < SETTLE or self._is_dearer()):
             return
-        if self._trouble > TROUBLE:
-            # Unstable modes, or a loss that is not smooth: others may do better.
-            self._trouble = 0.0
-            for other in self._entrants.values():
-                if 0.05 * self._first_wait() <= other.since:
-                    self._hasten(other)
-        due = [name for name, other in self._entrants.items() if name != self._charge and other.since >= other.wait]
+        due = [name for name in self._entrants if self._is_due(name)]
         if due:
-            self._try(max(due, key=lambda name: self._entrants[name].since / max(self._entrants[name].wait, 1e-300)))
+            self._try(min(due, key=self._price))
+
+    def _is_dearer(self) -> bool:
+        """Whether another way of backward differentiation is expected to take much less; it takes over without a trial."""
+        way = min(self._ways, key=self._step_cost)
+        ratio = self._step_cost(self._charge) / self._step_cost(way)
+        if ratio > DEARER:
+            self._entrants[way].step_size, self._entrants[way].seen = self._entrants[self._charge].step_size, self._times[0]
+            reason = f"its steps are expected to take {1 / ratio:.2f} times what those of {self._charge} do"
+            self._charge = self._current = way
+            self._n_in_charge = 0
+            self._choices.append(Choice(self._times[0], way, reason))
+        return ratio > DEARER
+
+    def _is_due(self, name: str) -> bool:
+        """Whether it is time for a trial: others spent enough, and its steps may be worth what they cost."""
+        entrant, share, longer = self._entrants[name], SHARE, math.inf
+        if name in (FIRST, self._charge) or not math.isfinite(self._price(name)):
+            return False
+        if name in self._ways:
+            if self._charge in self._ways or name != min(self._ways, key=self._promise):
+                return False
+            share = SHARE_STIFF
+        elif self._charge in self._ways and self._trouble > TROUBLE:
+            share = SHARE_TROUBLE
+        elif self._charge in self._ways:
+            longer = LONGER[name]
+            share = SHARE_GROWING if name == "exprb53" and self._growth > GROWING else SHARE
+        # It may have lost to what the method in charge no longer does.
+        backoff = 1.0 if entrant.rate < self._entrants[self._charge].rate else entrant.backoff
+        fits = self._step_cost(name) <= longer * self._step_cost(self._charge)
+        return fits and entrant.since * share >= backoff * self._price(name)
+
+    def _promise(self, name: str) -> tuple[float, float]:
+        """By which the ways of backward differentiation are tried: those that were not, then those that paid less."""
+        entrant = self._entrants[name]
+        return (entrant.rate if entrant.n_steps > SERVED else 0.0), self._step_cost(name)
+
+    def _step_cost(self, name: str) -> float:
+        """Of one step: as measured where the method served, else as expected."""
+        entrant, costs = self._entrants[name], self._costs
+        assert costs is not None
+        if entrant.n_steps > SERVED:
+            return entrant.paid / entrant.n_steps
+        if name == "exprb53":
+            return costs.hessian + costs.eigh + 2 * costs.gradient
+        if name == "rkc2":
+            longer = self._entrants[self._charge].step_size / self._stable
+            return costs.gradient * max(RKC2_LEAST, RKC2_GRADIENTS * math.sqrt(longer))
+        return 6 * costs.gradient if name == FIRST else self._ways.get(name, math.inf)
+
+    def _price(self, name: str) -> float:
+        """What a trial is expected to cost; ``inf`` for what is not possible."""
+        price = TRIAL[self._entrants[name].method.n_points > 1] * self._step_cost(name)
+        return math.inf if math.isnan(price) else price
 
     def _threshold(self) -> float:
         """At which fraction of what is paid now the method on trial takes over."""
-        growing = self._growth > GROWING
-        if self._entrants[self._current].method.n_points > 1:
-            if self._charge in STABILITY_LIMITED:
-                return BEFORE_STIFFNESS
-            return LENIENT if self._charge == "exprb53" and not growing else TAKE_OVER
-        return STRICT if self._current == "exprb53" and not growing else TAKE_OVER
+        if self._current in self._ways and not self._rough:
+            return LENIENT
+        return STRICT if self._current == "exprb53" and self._growth <= GROWING else TAKE_OVER
 
     def _note_growth(self, gradient: Tensor) -> None:
-        """Whether the gradient grows; where that begins, exponential steps are tried, where it ends, the others are."""
-        size, before = float(torch.linalg.vector_norm(gradient)), self._growth
+        """Whether the gradient grows."""
+        size = float(torch.linalg.vector_norm(gradient))
         self._growth = FORGETTING * self._growth + (size > self._size > 0)
         self._size = size
-        if (before > GROWING) == (self._growth > GROWING):
-            return
-        for name, other in self._entrants.items():
-            fits = name == "exprb53" if before <= GROWING else other.method.n_points > 1
-            if fits and other.since >= 0.2 * self._first_wait():
-                self._hasten(other)
-
-    def _hasten(self, other: _Entrant) -> None:
-        """Let it try now, unless it lost by far, or twice."""
-        if other.wait <= 4 * self._first_wait():
-            other.wait = min(other.wait, other.since)
 
     def _open(self) -> None:
-        """The first steps are done: measure, and let others try."""
-        self._costs = self._measure(self._objective, self._theta[0])
+        """The first steps are done: measure, and choose."""
+        self._expect(self._measure(self._objective, self._theta[0]))
+        assert self._costs is not None
         self._counts = replace(self._objective.counts)
         self._unit = max(self._times[0] - self._origin, 1e-300) / 4
-        first = self._entrants[FIRST]
-        # What the last points took, in the units in which others are measured.
-        span = self._times[: min(len(self._times), 6)]
-        first.paid = 6.0 * (len(span) - 1) * self._costs.gradient
-        first.gained = self._log(span[0]) - self._log(span[-1])
-        ways = differentiations(self._costs, self._objective.n_parameters, tuple(self._entrants))
-        best = next(iter(ways), "")
-        listed = ", ".join(f"{name} {1e3 * cost:.3g} ms" for name, cost in ways.items())
-        reason = f"expected costs per step: {listed}; others are tried"
+        self._stable = self._times[0] - self._times[1] if len(self._times) > 1 else self._unit
+        # What the first steps took, in the units in which others are measured.
+        for entrant in self._entrants.values():
+            entrant.since *= self._costs.gradient
+            entrant.paid = entrant.gained = entrant.n_steps = 0.0
+        for newer, older in pairwise(self._times[:6]):
+            self._entrants[FIRST].note(6 * self._costs.gradient, self._log(newer) - self._log(older))
+        if self._rough:
+            return
         # Backward differentiation may not pay yet, but stiffness comes, and what it begins early it goes on with.
-        self._charge = self._current = best or self._charge
-        self._n_in_charge = 0
-        self._choices.append(Choice(self._times[0], self._charge, reason))
-        small = self._objective.n_parameters <= EXPONENTIAL_LIMIT and not math.isnan(self._costs.hessian)
-        others = [other for other in ("exprb53" if small else "", "rkc2") if other in self._entrants]
-        step = ways[best] if best else self._costs.gradient
-        for name in (FIRST, *others, *(name for name, cost in ways.items() if cost <= RIVAL * step)):
-            self._entrants[name].wait = self._wait_of(step)
-        if self._n_steps >= FIRST_STEPS and not best and others:
-            self._try(others[0])
+        self._charge = self._current = next(iter(self._ways), self._charge)
+        listed = ", ".join(f"{name} {1e3 * cost:.3g} ms" for name, cost in self._ways.items())
+        self._choices.append(Choice(self._times[0], self._charge, f"expected costs per step: {listed}"))
+
+    def _expect(self, costs: Costs) -> None:
+        """What steps cost follows from what calls cost."""
+        self._costs = costs
+        self._ways = differentiations(costs, self._objective.n_parameters, tuple(self._entrants), self._span.rtol)
 
     def _try(self, name: str) -> None:
         self._current, self._n_trial = name, 1
         entrant = self._entrants[name]
-        entrant.since = entrant.paid = entrant.gained = 0.0
+        entrant.since = entrant.paid = entrant.gained = entrant.n_steps = 0.0
 
     def _win(self) -> None:
         winner, loser = self._entrants[self._current], self._entrants[self._charge]
         reason = f"pays {winner.rate / loser.rate:.2f} times what {self._charge} did"
-        loser.wait, loser.since = self._first_wait(), 0.0
         for name, other in self._entrants.items():
-            if name not in (self._charge, self._current) and math.isfinite(other.wait) and other.wait > 0:
-                other.wait = min(other.wait, 4 * self._first_wait())
+            other.backoff = 1.0
+            if name in self._ways or name == self._charge:
+                other.since = 0.0
         self._charge, self._n_trial, self._n_in_charge = self._current, 0, 0
         self._choices.append(Choice(self._times[0], self._charge, reason))
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self) -> None:
         entrant = self._entrants[self._current]
         ratio = entrant.rate / max(self._entrants[self._charge].rate, 1e-300)
-        growth = min(64.0, max(2.0, ratio))
-        if entrant.method.n_points > 1 and self._charge in STABILITY_LIMITED:
-            growth = 0.5
-        entrant.wait = min(growth * max(entrant.wait, self._first_wait() / 2), MAX_WAIT * self._first_wait())
+        if self._current not in self._ways or self._rough:
+            entrant.backoff = min(max(2.0, ratio) * entrant.backoff, MAX_BACKOFF)
         entrant.since = 0.0
         self._current, self._n_trial = self._charge, 0
-
-    def _first_wait(self) -> float:
-        """What some trials of the method in charge would cost."""
-        return self._wait_of(self._entrants[self._charge].paid * LATEST)
-
-    def _wait_of(self, step: float) -> float:
-        """The same for a method in charge whose steps cost so much."""
-        return 6 * (FIRST_WAIT if self._charge in STABILITY_LIMITED else SETTLED_WAIT) * step
 
     def _drop_out(self) -> None:
         """Where second derivatives cannot be had after all, methods that need them leave the race."""
         for entrant in self._entrants.values():
             if entrant.method.needs != "gradient":
-                entrant.wait, entrant.memory = math.inf, None
+                entrant.memory, entrant.n_steps = None, 0.0
+        assert self._costs is not None
+        self._expect(Costs(self._costs.gradient))
         reason = f"{self._current} has no second derivatives"
-        self._charge = self._current = FIRST
-        self._n_trial = 0
+        self._charge = self._current = next(iter(self._ways), FIRST)
+        self._n_trial = self._n_in_charge = 0
         self._spent()
-        if "bdf-secant" in self._entrants:
-            self._entrants["bdf-secant"].wait = 0.0
-        self._choices.append(Choice(self._knot.t, FIRST, reason))
+        self._choices.append(Choice(self._knot.t, self._charge, reason))
 
     def _recovers(self, end: RunEnd) -> bool:
         """Whether another method goes on where the current one ended."""
@@ -487,7 +575,7 @@ class _Race:
             return False
         self._spent()
         if self._n_trial:
-            self._lose("it made no step")
+            self._lose()
             return True
         if end.status == "max_evals":
             return False
@@ -495,7 +583,7 @@ class _Race:
         self._failed_at = end.knot.t
         if self._costs is None:
             self._open()
-        left = [name for name, e in self._entrants.items() if name not in self._failed and math.isfinite(e.wait)]
+        left = [name for name in self._entrants if name not in self._failed and math.isfinite(self._price(name))]
         if not left or len(self._failed) >= ENOUGH:
             return False
         self._choices.append(Choice(end.knot.t, left[0], f"{self._current} ended with {end.status!r}"))
@@ -524,7 +612,7 @@ class _Race:
         costs = (0.0,) * 6 if self._costs is None else (1.0, *astuple(self._costs))
         numbers = [float(names.index(name)) for name in (self._charge, self._current)]
         numbers += [float(self._n_trial), float(self._n_steps), float(self._n_in_charge), self._origin, self._unit, *costs]
-        numbers += [self._trouble, self._growth, self._size]
+        numbers += [self._trouble, self._growth, self._size, self._stable, float(self._rough)]
         numbers += [number for entrant in self._entrants.values() for number in entrant.numbers()]
         kept = [name for name in dict.fromkeys((self._current, self._charge)) if self._entrants[name].memory is not None]
         numbers.append(float(len(kept)))
@@ -555,10 +643,13 @@ class _Race:
         self._charge, self._current = (names[int(i)] for i in take(2))
         n_trial, n_steps, n_in_charge, self._origin, self._unit, measured, *costs = take(11)
         self._n_trial, self._n_steps, self._n_in_charge = int(n_trial), int(n_steps), int(n_in_charge)
-        self._trouble, self._growth, self._size = take(3)
-        self._costs = Costs(*costs) if measured else None
+        self._trouble, self._growth, self._size, self._stable, rough = take(5)
+        self._rough = bool(rough)
+        if measured:
+            self._expect(Costs(*costs))
         for entrant in self._entrants.values():
-            entrant.wait, entrant.since, entrant.paid, entrant.gained, entrant.step_size, entrant.seen = take(6)
+            entrant.backoff, entrant.since, entrant.paid, entrant.gained = take(4)
+            entrant.n_steps, entrant.step_size, entrant.seen = take(3)
         self._times, self._theta = memory.times, memory.theta
         rows = 0
         for _ in range(int(take(1)[0])):
