@@ -82,9 +82,11 @@ def our_path(method: str, row: Row | None = None) -> Peer:
         if row is not None:
             row.choices = [(choice.t, choice.method, choice.reason) for choice in solution.choices]
         n = int(np.isin(solution.t.numpy(), task.times).sum())
-        # bdf-secant factors its matrix once per step; from rank-one changes on many parameters nothing is factored.
-        steps = solution.n_accepted + solution.n_rejected
-        n_factor = steps if method == "bdf-secant" and solution.theta.shape[1] <= DENSE_LIMIT else 0
+        # bdf-secant factors its matrix once per step, where that is not of low rank; within "auto" at most at those steps that
+        # took no Hessian.
+        by_secants = "bdf-secant" in {method, *(choice.method for choice in solution.choices)}
+        steps = solution.n_accepted + solution.n_rejected - solution.n_hessian
+        n_factor = max(0, steps) if by_secants and solution.theta.shape[1] <= DENSE_LIMIT else 0
         return Path(solution.theta.numpy()[:n], "" if solution.status == "t_end" else solution.message, n_factor=n_factor)
 
     return run

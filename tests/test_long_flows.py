@@ -158,7 +158,7 @@ def test_interrupted_by_a_callback(tmp_path: Path) -> None:
 def test_other_methods_go_on_within_the_tolerance(method: str, tmp_path: Path) -> None:
     _, theta0 = t33()
     file = tmp_path / "flow.pt"
-    cut = Interrupting(t33()[0], 150, KeyboardInterrupt)
+    cut = Interrupting(t33()[0], 60, KeyboardInterrupt)
     assert integrate(cut, theta0, (0.0, 10.0), method=method, checkpoint=file).status == "interrupted"
     solution = integrate(t33()[0], theta0, (0.0, 10.0), method=method, checkpoint=file)
     assert solution.status == "t_end"
