@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 
 from torch_gradflow.checks import check_count, check_number
 from torch_gradflow.flow import ensemble_worker
+from torch_gradflow.flow.ensemble_batched import follow_together
 from torch_gradflow.flow.ensemble_files import fingerprint, load, make_directory, path_of, save
 from torch_gradflow.flow.ensemble_worker import Outcome, Problem, Settings, describe, dumps, follow, no_solution, run_elsewhere
 from torch_gradflow.flow.integrate import check_arguments, tolerances
@@ -248,7 +249,7 @@ def _check_problems(given: Problem | Sequence[Problem], starts: list[Tensor]) ->
 
 
 def _check_how(executor: object, on_result: object, progress: object) -> None:
-    if not (executor is None or isinstance(executor, Executor) or executor in ("serial", "processes")):
+    if not (executor is None or isinstance(executor, Executor) or executor in ("serial", "batched", "processes")):
         raise TypeError(
             f"executor must be None, 'serial', 'processes' or a concurrent.futures.Executor, not {executor!r}; "
             "for dask pass client.get_executor()."
@@ -382,6 +383,8 @@ def _do(runs: _Runs, executor: Executor | str | None, record: _Record, loaded: d
             _over(executor, record)
         elif executor == "processes":
             _in_processes(record)
+        elif executor == "batched":
+            _together(record)
         elif executor == "serial" or not _may_use_processes(record):
             _serially(record)
         else:
@@ -440,6 +443,18 @@ def _serially(record: _Record, seconds: float = math.inf) -> None:
         record.add(index, outcome)
         if record.interrupted:
             return
+
+
+def _together(record: _Record) -> None:
+    """All runs in lockstep."""
+    runs, left = record.runs, record.left
+    if not left:
+        return
+    record.ways.append("together in this process")
+    torch.set_num_threads(runs.threads)
+    objective = ensemble_worker.built(_copied(runs, left[0])[0], "")
+    if not follow_together(objective, [(i, runs.starts[i]) for i in left], runs.settings, record.add):
+        record.interrupted = True
 
 
 def _key(runs: _Runs, key: str) -> str:

@@ -160,6 +160,7 @@ def _with_error(
 # What an accepted point changes in a ``FlowRun``, besides the lists that grow.
 _CHANGING = (
     "last",
+    "_before_last",
     "_last_step",
     "_last_order",
     "_approximate",
@@ -226,7 +227,7 @@ class FlowRun:
             raise FloatingPointError(f"loss {float(loss)} or its gradient is not finite at theta0; start elsewhere.")
         first = Knot(self._t0, theta0.detach().clone(), loss, gradient)
         self.last = first
-        self._last_move = torch.zeros_like(first.theta)
+        self._before_last = first
         self._last_step, self._last_order = math.nan, 0
         self._approximate = False
         # The last accepted points that interpolate by their slopes, each with whether its slope is approximate, and the order
@@ -271,41 +272,58 @@ class FlowRun:
     def run(self) -> None:
         """Integrate; KeyboardInterrupt ends it, any other exception is raised after the state was made consistent."""
         try:
-            reason = self._stop_check(self._report(self.last, self._step_size or 0.0))
-            if reason is not None:
-                self.status, self.message = "stopped", reason
-                return
-            end = self._integrate()
-            with self._wholly():
-                if end.knot.t > self.last.t:
-                    self._last_move = end.knot.theta - self.last.theta
-                    self._last_step, self._last_order = end.knot.t - self.last.t, end.order
-                self.last = replace_gradient(end.knot, self._objective) if end.approximate else end.knot
-                self._approximate = False
-                self._end, self._step_size, self._memory = end, end.step_size, end.memory
-                self._n_accepted = self._n_earlier + end.n_accepted
-                self._note_energy(self.last)
-                self._note_path(self.last, end.interpolant)
-                self._sample_end()
-            self.status, self.message = self._describe(end)
-            self._save()
-            elapsed = self.last.t - self._t0
-            note = rounding_note(self._objective, self.last.theta, self._last_move, elapsed, self._rtol)
-            self.message = f"{self.message} {note}".rstrip()
+            if self.begin():
+                self.end(self._integrate())
         except KeyboardInterrupt:
-            self._save()
-            self.status = "interrupted"
-            self.message = f"Interrupted by the user at t = {self.last.t:.6g}; this is the last accepted point."
-            self._sample_end()
+            self.interrupt()
         except Exception as error:
-            self._save()
-            self.status = "failed"
-            self.message = (
-                f"Failed at t = {self.last.t:.6g} with {type(error).__name__}: {error}. This is the last accepted point."
-            )
+            self.fail(error)
             raise
         finally:
             self._progress.close(self.message)
+
+    # What ``run`` consists of; whoever takes the steps of many runs together calls these.
+
+    def begin(self) -> bool:
+        """Whether there is anything to do: the stopping rules are asked at the start."""
+        reason = self._stop_check(self._report(self.last, self._step_size or 0.0))
+        if reason is not None:
+            self.status, self.message = "stopped", reason
+        return reason is None
+
+    def end(self, end: RunEnd) -> None:
+        """The run came to an end."""
+        with self._wholly():
+            if end.knot.t > self.last.t:
+                self._before_last = self.last
+                self._last_step, self._last_order = end.knot.t - self.last.t, end.order
+            self.last = replace_gradient(end.knot, self._objective) if end.approximate else end.knot
+            self._approximate = False
+            self._end, self._step_size, self._memory = end, end.step_size, end.memory
+            self._n_accepted = self._n_earlier + end.n_accepted
+            self._note_energy(self.last)
+            self._note_path(self.last, end.interpolant)
+            self._sample_end()
+        self.status, self.message = self._describe(end)
+        self._save()
+        elapsed, move = self.last.t - self._t0, self.last.theta - self._before_last.theta
+        note = rounding_note(self._objective, self.last.theta, move, elapsed, self._rtol)
+        self.message = f"{self.message} {note}".rstrip()
+
+    def interrupt(self) -> None:
+        """The user wants it to end at the last accepted point."""
+        self._save()
+        self.status = "interrupted"
+        self.message = f"Interrupted by the user at t = {self.last.t:.6g}; this is the last accepted point."
+        self._sample_end()
+
+    def fail(self, error: Exception) -> None:
+        """The objective raised an exception."""
+        self._save()
+        self.status = "failed"
+        self.message = (
+            f"Failed at t = {self.last.t:.6g} with {type(error).__name__}: {error}. This is the last accepted point."
+        )
 
     def solution(self) -> FlowSolution:
         """What has been sampled so far, with the last accepted point."""
@@ -368,18 +386,28 @@ class FlowRun:
             # Enough accepted points to interpolate through.
             math.inf if self._t_eval is None or not n_knots else (self._t_end - self._t0) / n_knots,
         )
-        return self.method.run(self._objective, self.last, span, self._visit, self._memory)
+        return self.method.run(self._objective, self.last, span, self.visit, self._memory)
 
-    def _visit(self, arrival: Arrival) -> bool:
+    def samples(self, t: float) -> bool:
+        """Whether an accepted point at t is to be kept, for which loss and gradient are evaluated."""
+        return self._t_eval is None and t >= self._next_sample
+
+    def visit(self, arrival: Arrival, exact: Knot | None = None) -> bool:
+        """An accepted step; whether the run is to end there.
+
+        Args:
+            arrival: The step.
+            exact: Its point, with loss and gradient evaluated there, where that has been done already.
+        """
         with self._wholly():
             previous, self.last, self._approximate = self.last, arrival.knot, arrival.approximate
-            self._last_move = arrival.knot.theta - previous.theta
+            self._before_last = previous
             self._last_step, self._last_order = arrival.knot.t - previous.t, arrival.order
             self._n_accepted += 1
             self._step_size = arrival.step_size
             self._note_energy(arrival.knot)
             self._note_path(arrival.knot, arrival.interpolant)
-            self._sample(arrival, previous)
+            self._sample(arrival, previous, exact)
             if self._checkpoint is not None:
                 self._memory = arrival.remember()
         if self._checkpoint is not None and time.perf_counter() - self._saved_at > CHECKPOINT_SECONDS:
@@ -458,6 +486,7 @@ class FlowRun:
             )
         device = self._objective.device
         self.last, self._approximate = unpack_knot(state["last"], device), state["approximate"]
+        self._before_last = self.last
         self._step_size, self._memory = state["step_size"], unpack_memory(state["memory"], device)
         self._last_step, self._last_order = state["last_step"]
         self._samples = [
@@ -473,11 +502,11 @@ class FlowRun:
         self._counted_before = EvaluationCounts(*(a - b for a, b in zip(astuple(counts), astuple(past), strict=True)))
         self._began -= state["elapsed"]
 
-    def _sample(self, arrival: Arrival, previous: Knot) -> None:
+    def _sample(self, arrival: Arrival, previous: Knot, exact: Knot | None) -> None:
         knot = arrival.knot
         if self._t_eval is None:
-            if knot.t >= self._next_sample:
-                self._keep(knot, arrival.approximate)
+            if self.samples(knot.t):
+                self._keep(exact or knot, arrival.approximate and exact is None)
         elif arrival.interpolant is not None:
             self._interpolate_up_to(previous.t)
             self._evaluate_up_to(knot.t, arrival.interpolant)
