@@ -19,7 +19,7 @@ from torch import Tensor
 from torch_gradflow.flow.bdf import UNIT, VERIFY_ABOVE
 from torch_gradflow.flow.control import CLOCK, SAFETY, first_step_size, weights
 from torch_gradflow.flow.dense import LONGEST, Clock, polynomial
-from torch_gradflow.flow.method import Interpolant, Span
+from torch_gradflow.flow.method import Span
 from torch_gradflow.flow.multistep import HYSTERESIS, LOYALTY, MAX_GROWTH, MAX_ORDER, MAX_POINTS, MIN_GROWTH
 from torch_gradflow.flow.solution import Knot
 
@@ -94,12 +94,12 @@ class Runs:
         found: Mask = (t + h == t) | (h <= CLOCK * abs(t)) | (h < 1e-300)
         return found
 
-    def interpolant(self, place: int) -> Interpolant:
-        """θ(t) over the last step of a run."""
-        run, theta = self.numbers[place], self.theta[place]
+    def between(self, place: int, t: float) -> Tensor:
+        """θ(t) over the last step of a run, shape ``(P,)``."""
+        run = self.numbers[place]
         n = min(int(run["last_order"]) + 2, int(run["n_points"]))
-        times, clock = run["times"][:n].tolist(), Clock(float(run["origin"]), float(run["unit"]))
-        return lambda t: polynomial(t, times, theta, clock)
+        clock = Clock(float(run["origin"]), float(run["unit"]))
+        return polynomial(t, run["times"][:n].tolist(), self.theta[place], clock)
 
 
 def _first_step_size(knot: Knot, span: Span) -> float:

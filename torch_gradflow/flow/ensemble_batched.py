@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -130,6 +130,7 @@ class _Batch:
         rtol, atol, _ = tolerances(settings.rtol, settings.atol, objective.resolution)
         self._span = Span(float(settings.t_span[1]), rtol, atol, settings.step_size)
         self._runs: Runs | None = None
+        self._someone_left = False
 
     # Who joins, and who leaves.
 
@@ -146,7 +147,7 @@ class _Batch:
             limit = n_evaluations(shared.counts) + (self._settings.max_evals or math.inf)
             patience = Patience(run.last.t)
             member = _Member(index, run, shared.counts, limit, float(run.last.loss), run.last, patience)
-            self._try(member, partial(self._begin, member))
+            self._try(member, self._begin, member)
             if not member.is_over:
                 joining.append(member)
         if joining:
@@ -169,28 +170,28 @@ class _Batch:
                 self._close(member)
         self.members = []
 
-    def _try(self, member: _Member, action: Callable[[], object]) -> None:
-        """Do something for a run, which fails alone if that raises an exception."""
+    def _try(self, member: _Member, action: Callable[..., object], *arguments: object) -> None:
+        """Do something for a run, which fails alone if that, or an evaluation before, raised an exception."""
         try:
             if member.error is not None:
                 raise member.error
-            action()
+            action(*arguments)
         except Exception as error:
             member.run.fail(error)
             self._close(member)
 
     def _close(self, member: _Member) -> None:
         if not member.is_over:
-            member.is_over = True
+            member.is_over = self._someone_left = True
             self._done(member.index, Outcome(member.run.solution(), member.initial_loss))
 
-    def _leave(self) -> None:
-        """Those that have ended make room."""
-        if self._runs is None or not any(member.is_over for member in self.members):
-            return
-        staying = [place for place, member in enumerate(self.members) if not member.is_over]
-        self.members = [self.members[place] for place in staying]
-        self._runs = self._runs.chosen(np.array(staying, dtype=np.int64))
+    def _make_room(self) -> None:
+        """Forget those that have ended."""
+        if self._someone_left and self._runs is not None:
+            staying = [place for place, member in enumerate(self.members) if not member.is_over]
+            self.members = [self.members[place] for place in staying]
+            self._runs = self._runs.chosen(np.array(staying, dtype=np.int64))
+            self._someone_left = False
 
     # Their steps.
 
@@ -198,63 +199,74 @@ class _Batch:
         """Try a step of each run; those that cannot go on, or have come to their end, leave."""
         if self._runs is None:
             return
-        for place in np.flatnonzero(self._runs.stuck()):
-            member = self.members[place]
-            status: RunStatus = "not finite" if math.isinf(self._runs.numbers["error"][place]) else "underflow"
-            self._try(member, partial(self._end, member, place, status))
-        for place, member in enumerate(self.members):
-            if not member.is_over and n_evaluations(member.counts) >= member.limit:
-                self._try(member, partial(self._end, member, place, "max_evals"))
-        self._leave()
+        for place in np.flatnonzero(self._runs.stuck()).tolist():
+            endless = math.isinf(self._runs.numbers["error"][place])
+            self._try(self.members[place], self._end, place, "not finite" if endless else "underflow")
+        if self._settings.max_evals is not None:
+            for place, member in enumerate(self.members):
+                if n_evaluations(member.counts) >= member.limit and not member.is_over:
+                    self._try(member, self._end, place, "max_evals")
+        self._make_room()
         if not self.members:
             return
         step = try_step(self._runs, self._span, self._hessians_at, self._gradients_at)
         self._runs = step.runs
-        arrived, rejected = np.flatnonzero(step.accepted), np.flatnonzero(~step.accepted)
-        self._arrive(step, arrived)
-        for place in rejected:
-            member = self.members[place]
-            gives_up = math.isinf(step.runs.numbers["error"][place]) and member.patience.exhausted(float(step.runs.t[place]))
-            if gives_up or member.error is not None:
-                self._try(member, partial(self._end, member, place, "not finite"))
-        self._leave()
+        self._arrive(step, np.flatnonzero(step.accepted).tolist())
+        self._retry(step.runs, np.flatnonzero(~step.accepted).tolist())
+        self._make_room()
 
-    def _arrive(self, step: Step, places: Integers) -> None:
+    def _arrive(self, step: Step, places: list[int]) -> None:
         """Tell those runs whose steps were accepted."""
-        times, points, sizes = step.runs.t.tolist(), step.runs.theta[:, 0].clone().unbind(), step.runs.numbers["h"].tolist()
-        orders, losses, gradients = step.runs.numbers["last_order"].tolist(), step.loss.unbind(), step.gradient.unbind()
+        runs, t_end = step.runs, self._span.t_end
+        times, sizes, orders = runs.t.tolist(), runs.numbers["h"].tolist(), runs.numbers["last_order"].tolist()
+        points, losses, gradients = runs.theta[:, 0].clone().unbind(), step.loss.unbind(), step.gradient.unbind()
+        energies = torch.stack([step.loss, step.gradient.square().sum(1)], dim=1).tolist()
+        visited = []
         for place in places:
-            self.members[place].knot = Knot(times[place], points[place], losses[place], gradients[place])
-        exact = self._samples(step, [place for place in places if self.members[place].run.samples(times[place])])
-        for place in places:
-            member = self.members[place]
-            if times[place] >= self._span.t_end:
-                self._try(member, partial(self._end, member, place, "t_end"))
-                continue
-            interpolant = step.runs.interpolant(place)
-            arrival = Arrival(member.knot, sizes[place], interpolant, True, self._settings.method, orders[place])
-            self._try(member, partial(self._visit, member, place, arrival, exact.get(place)))
+            member, t = self.members[place], times[place]
+            member.knot = knot = Knot(t, points[place], losses[place], gradients[place])
+            if t >= t_end:
+                self._try(member, self._end, place, "t_end")
+            elif t >= member.run.next_time or member.error is not None:
+                visited.append(place)
+            else:
+                member.run.passes(knot, sizes[place], orders[place], (t, *energies[place]))
+        exact = self._samples(runs, [place for place in visited if self.members[place].run.samples(times[place])])
+        for place in visited:
+            knot, interpolant = self.members[place].knot, partial(runs.between, place)
+            known = exact.get(place)
+            arrival = Arrival(knot, sizes[place], interpolant, True, self._settings.method, orders[place], exact=known)
+            self._try(self.members[place], self._visit, place, arrival)
 
-    def _samples(self, step: Step, places: list[int]) -> dict[int, Knot]:
+    def _samples(self, runs: Runs, places: list[int]) -> dict[int, Knot]:
         """The points of runs that keep them, with loss and gradient evaluated there, where these are finite."""
         if not places:
             return {}
-        index = np.array(places, dtype=np.int64)
-        points = step.runs.theta[torch.from_numpy(index).to(step.runs.theta.device), 0]
-        losses, gradients = self._gradients_at(index, points)
+        points = torch.stack([self.members[place].knot.theta for place in places])
+        losses, gradients = self._gradients_at(np.array(places), points)
         finite = (losses.isfinite() & gradients.isfinite().all(1)).tolist()
-        knots = [self.members[place].knot for place in places]
-        found = zip(places, knots, losses, gradients, finite, strict=True)
-        return {i: replace(knot, loss=loss, gradient=gradient) if good else knot for i, knot, loss, gradient, good in found}
+        found = {}
+        for place, point, loss, gradient, good in zip(places, points, losses, gradients, finite, strict=True):
+            knot = self.members[place].knot
+            found[place] = Knot(knot.t, point, loss, gradient) if good else knot
+        return found
 
-    def _visit(self, member: _Member, place: int, arrival: Arrival, exact: Knot | None) -> None:
-        if member.run.visit(arrival, exact):
-            self._end(member, place, "visit")
+    def _visit(self, place: int, arrival: Arrival) -> None:
+        if self.members[place].run.visit(arrival):
+            self._end(place, "visit")
 
-    def _end(self, member: _Member, place: int, status: RunStatus) -> None:
+    def _retry(self, runs: Runs, places: list[int]) -> None:
+        """Those whose steps were rejected try again, shorter, unless that has no end."""
+        for place in places:
+            member = self.members[place]
+            endless = math.isinf(runs.numbers["error"][place])
+            if member.error is not None or (endless and member.patience.exhausted(float(runs.t[place]))):
+                self._try(member, self._end, place, "not finite")
+
+    def _end(self, place: int, status: RunStatus) -> None:
         """A run came to its end."""
         assert self._runs is not None
-        numbers = self._runs.numbers[place]
+        member, numbers = self.members[place], self._runs.numbers[place]
         n_accepted = int(numbers["n_accepted"])
         end = RunEnd(
             status,
@@ -263,7 +275,7 @@ class _Batch:
             n_accepted,
             int(numbers["n_rejected"]),
             approximate=n_accepted > 0,
-            interpolant=self._runs.interpolant(place) if n_accepted else None,
+            interpolant=partial(self._runs.between, place) if n_accepted else None,
             order=int(numbers["last_order"]),
         )
         member.run.end(end)
@@ -283,18 +295,20 @@ class _Batch:
         self, places: Integers, points: Tensor, evaluate: Callable[[Tensor], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
         """Values at points of these runs, counted for each."""
-        before = astuple(self._objective.counts)
+        counts = self._objective.counts
+        before = counts.n_grad, counts.n_hvp, counts.n_hessian
         members = [self.members[place] for place in places]
         try:
             found = evaluate(points)
         except Exception:
             found = self._one_by_one(members, points, evaluate)
-        spent = [(now - then) // len(members) for now, then in zip(astuple(self._objective.counts), before, strict=True)]
+        n = len(members)
+        n_grad, n_hvp, n_hessian = (counts.n_grad - before[0]) // n, (counts.n_hvp - before[1]) // n, (counts.n_hessian - before[2]) // n
         for member in members:
-            counts = member.counts
-            counts.n_grad += spent[0]
-            counts.n_hvp += spent[1]
-            counts.n_hessian += spent[2]
+            own = member.counts
+            own.n_grad += n_grad
+            own.n_hvp += n_hvp
+            own.n_hessian += n_hessian
         return found
 
     def _one_by_one(

@@ -388,26 +388,39 @@ class FlowRun:
         )
         return self.method.run(self._objective, self.last, span, self.visit, self._memory)
 
+    @property
+    def next_time(self) -> float:
+        """Accepted points before this flow time need not be visited; they may be passed."""
+        if self._watched or self._knots is not None or self._checkpoint is not None:
+            return -math.inf
+        if self._t_eval is None:
+            return self._next_sample
+        return self._t_eval[self._next_eval] if self._next_eval < len(self._t_eval) else math.inf
+
     def samples(self, t: float) -> bool:
         """Whether an accepted point at t is to be kept, for which loss and gradient are evaluated."""
         return self._t_eval is None and t >= self._next_sample
 
-    def visit(self, arrival: Arrival, exact: Knot | None = None) -> bool:
-        """An accepted step; whether the run is to end there.
+    def passes(self, knot: Knot, step_size: float, order: int, energy: tuple[float, float, float]) -> None:
+        """An accepted step at which there is nothing to do.
 
         Args:
-            arrival: The step.
-            exact: Its point, with loss and gradient evaluated there, where that has been done already.
+            knot: Its point, with the loss and gradient of a linearisation.
+            step_size: The step size to come.
+            order: Of the step.
+            energy: t, L and ‖∇L‖² there, as numbers.
         """
+        self._energy.append(energy)
+        self._advance(knot, step_size, order, True)
+
+    def visit(self, arrival: Arrival) -> bool:
+        """An accepted step; whether the run is to end there."""
         with self._wholly():
-            previous, self.last, self._approximate = self.last, arrival.knot, arrival.approximate
-            self._before_last = previous
-            self._last_step, self._last_order = arrival.knot.t - previous.t, arrival.order
-            self._n_accepted += 1
-            self._step_size = arrival.step_size
-            self._note_energy(arrival.knot)
-            self._note_path(arrival.knot, arrival.interpolant)
-            self._sample(arrival, previous, exact)
+            knot = arrival.knot
+            self._note_energy(knot)
+            self._advance(knot, arrival.step_size, arrival.order, arrival.approximate)
+            self._note_path(knot, arrival.interpolant)
+            self._sample(arrival, self._before_last)
             if self._checkpoint is not None:
                 self._memory = arrival.remember()
         if self._checkpoint is not None and time.perf_counter() - self._saved_at > CHECKPOINT_SECONDS:
@@ -422,6 +435,12 @@ class FlowRun:
             reason = self._stop_check(self._report(self.last, arrival.step_size))
         self._stopped_by = reason or ""
         return reason is not None
+
+    def _advance(self, knot: Knot, step_size: float, order: int, approximate: bool) -> None:
+        self._before_last, self.last, self._approximate = self.last, knot, approximate
+        self._last_step, self._last_order = knot.t - self._before_last.t, order
+        self._n_accepted += 1
+        self._step_size = step_size
 
     @contextmanager
     def _wholly(self) -> Iterator[None]:
@@ -502,11 +521,11 @@ class FlowRun:
         self._counted_before = EvaluationCounts(*(a - b for a, b in zip(astuple(counts), astuple(past), strict=True)))
         self._began -= state["elapsed"]
 
-    def _sample(self, arrival: Arrival, previous: Knot, exact: Knot | None) -> None:
+    def _sample(self, arrival: Arrival, previous: Knot) -> None:
         knot = arrival.knot
         if self._t_eval is None:
             if self.samples(knot.t):
-                self._keep(exact or knot, arrival.approximate and exact is None)
+                self._keep(arrival.exact or knot, arrival.approximate and arrival.exact is None)
         elif arrival.interpolant is not None:
             self._interpolate_up_to(previous.t)
             self._evaluate_up_to(knot.t, arrival.interpolant)
