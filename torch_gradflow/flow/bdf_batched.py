@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from torch_gradflow.flow.bdf import UNIT, VERIFY_ABOVE
+from torch_gradflow.flow.bdf import COMPILED_LIMIT, UNIT, VERIFY_ABOVE
 from torch_gradflow.flow.control import CLOCK, SAFETY, first_step_size, weights
 from torch_gradflow.flow.dense import LONGEST, Clock, polynomial
 from torch_gradflow.flow.method import Span
@@ -43,6 +45,20 @@ RUN = np.dtype(
         ("last_order", np.int64),
         ("n_accepted", np.int64),
         ("n_rejected", np.int64),
+    ]
+)
+# What a run's step is: its length, end and order; α/h of its equation in t; h/(t − t_j) for the degrees k − 1, k, k + 1, or 0
+# where there is no such formula; its length in logarithmic time.
+PLAN = np.dtype(
+    [
+        ("h", np.float64),
+        ("t", np.float64),
+        ("order", np.int64),
+        ("a", np.float64),
+        ("below", np.float64),
+        ("own", np.float64),
+        ("above", np.float64),
+        ("tau", np.float64),
     ]
 )
 # L, ∇L and (the second one) H for some of the runs: their places, and a point for each, shape ``(len(places), P)``.
@@ -107,56 +123,16 @@ def _first_step_size(knot: Knot, span: Span) -> float:
 
 
 @dataclass(frozen=True)
-class Formulas:
-    """The formulas of k runs' steps: ``multistep.Formula`` with one more dimension, in logarithmic time.
+class Prediction:
+    """The steps of k runs, before anything is evaluated.
 
     Attributes:
-        weights: Those of p_k, of its slope by t, of p_{k−1} and p_{k+1}, shape ``(k, 4, MAX_POINTS)``; zero for points that
-            they do not use.
-        a: α/h of the equation in t, shape ``(k,)``.
-        constants: h/(t − t_j) for the degrees k − 1, k, k + 1, or 0 where there is no such formula, shape ``(k, 3)``.
-        tau: The steps in logarithmic time, shape ``(k,)``.
+        plans: Of the type ``PLAN``, shape ``(k,)``.
+        rows: p_k, its slope by t, p_{k−1}, p_{k+1} and the tolerated errors, shape ``(k, 5, P)``.
     """
 
-    weights: Numbers
-    a: Numbers
-    constants: Numbers
-    tau: Numbers
-
-
-@np.errstate(divide="ignore", invalid="ignore", over="ignore")  # of points that are not there
-def formulas(numbers: NDArray[Any], t: Numbers, h: Numbers, order: Integers) -> Formulas:
-    """The formulas of steps of length ``h`` to ``t`` at these orders, each of shape ``(k,)``.
-
-    Where there is one point only, dθ/dt takes the second one's place: p = θ_0 + h dθ/dt, and the error's constant is 1/2.
-    """
-    times, n, unit = numbers["times"], numbers["n_points"], numbers["unit"]
-    since = times - numbers["origin"][:, None] + unit[:, None]
-    tau = np.log1p((t - times[:, 0]) / since[:, 0])
-    speed = 1 / (t - numbers["origin"] + unit) / tau
-    ages = np.log1p((times[:, :1] - times) / since) / tau[:, None]
-    reach = 1 + ages  # (t − t_j)/h
-    points = np.arange(MAX_POINTS)
-    factors = reach[:, None, :] / (ages[:, None, :] - ages[:, :, None])
-    factors[:, points, points] = 1.0
-    products = factors.cumprod(2)  # at [:, i, j] the weight of θ_i in p_j, for i ≤ j
-    runs, k = np.arange(len(n)), order[:, None]
-    has_lower, has_higher, above = order > 1, n > order + 1, np.minimum(order + 1, MAX_POINTS - 1)
-    inverse = 1 / reach
-    own = points <= k
-    predictor = np.where(own, products[runs, :, order], 0.0)
-    slope = predictor * (np.where(own, inverse, 0.0).sum(1, keepdims=True) - np.where(own, inverse, 0.0)) * speed[:, None]
-    lower = np.where((points < k) & has_lower[:, None], products[runs, :, order - 1], 0.0)
-    higher = np.where((points <= k + 1) & has_higher[:, None], products[runs, :, above], 0.0)
-    table = np.stack([predictor, slope, lower, higher], axis=1)
-    a = np.where(points < k, inverse, 0.0).sum(1) * speed
-    below = np.where(has_lower, inverse[runs, order - 1], 0.0)
-    constants = np.stack([below, inverse[runs, order], np.where(has_higher, inverse[runs, above], 0.0)], axis=1)
-    first = np.flatnonzero(n == 1)
-    table[first] = 0.0
-    table[first, 0, 0], table[first, 0, 1], table[first, 1, 1] = 1.0, h[first], 1.0
-    a[first], constants[first] = 1 / h[first], (0.0, 0.5, 0.0)
-    return Formulas(table, a, constants, tau)
+    plans: NDArray[Any]
+    rows: Tensor
 
 
 @dataclass(frozen=True)
@@ -176,6 +152,89 @@ class Step:
     gradient: Tensor
 
 
+class Plain:
+    """What steps compute from their histories besides the solution of their equations: in numpy, and on tensors of any kind."""
+
+    def predict(self, runs: Runs, span: Span) -> Prediction:
+        """The steps to be tried."""
+        t, left, wanted = runs.t, span.t_end - runs.t, runs.numbers["h"]
+        plans = np.zeros(len(t), PLAN)
+        h = np.where(wanted >= left * (1 - 1e-10), left, np.minimum(wanted, 0.5 * left))  # see ``method.approaches``
+        plans["h"], plans["t"] = h, np.where(h == left, span.t_end, t + h)
+        plans["order"] = np.minimum(runs.numbers["order"], np.maximum(1, runs.numbers["n_points"] - 1))
+        rows = runs.theta.new_tensor(_formulas(runs.numbers, plans)) @ runs.theta
+        tolerated = weights(span.rtol, span.atol, runs.theta[:, 0], rows[:, 0])
+        return Prediction(plans, torch.cat([rows, tolerated[:, None]], dim=1))
+
+    def finish(
+        self, runs: Runs, prediction: Prediction, delta: Tensor, loss: Tensor, gradient: Tensor, solved: Tensor
+    ) -> Step:
+        """What follows from θ − p_k, from loss and gradient at p_k, and from whether the equations were solved."""
+        plans, rows = prediction.plans, prediction.rows
+        new = rows[:, 0] + delta
+        slope = -(rows[:, 1] + rows.new_tensor(plans["a"])[:, None] * delta)
+        apart = (new[:, None] - rows[:, [2, 0, 3]]) / rows[:, 4:]
+        loss = loss + 0.5 * ((gradient + slope) * delta).sum(1)
+        numbers = [apart.square_().mean(2).sqrt_(), loss[:, None], solved[:, None].to(loss.dtype)]
+        found = torch.cat(numbers, dim=1).to("cpu", torch.float64).numpy()
+        errors, is_solved = found[:, :3] * np.stack([plans["below"], plans["own"], plans["above"]], axis=1), found[:, 4] != 0
+        accepted = is_solved & (errors[:, 1] <= 1) & np.isfinite(found[:, 3])
+        after = _after_acceptance(runs.numbers, plans, errors)
+        theta = torch.cat([new[:, None], runs.theta[:, :-1]], dim=1)
+        if not accepted.all():
+            after = np.where(accepted, after, _after_rejection(runs.numbers, plans, errors[:, 1], is_solved))
+            theta = torch.where(torch.from_numpy(accepted).to(theta.device)[:, None, None], theta, runs.theta)
+        return Step(Runs(after, theta), accepted, loss, slope)
+
+
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")  # of points that are not there
+def _formulas(numbers: NDArray[Any], plans: NDArray[Any]) -> Numbers:
+    """The weights of the points in p_k, its slope by t, p_{k−1} and p_{k+1}, shape ``(k, 4, MAX_POINTS)``, 0 where unused.
+
+    ``multistep.formula`` with one more dimension, in logarithmic time; it completes the plans. Where there is one point only,
+    dθ/dt takes the second one's place: p = θ_0 + h dθ/dt, and the error's constant is 1/2.
+    """
+    times, n, order = numbers["times"], numbers["n_points"], plans["order"]
+    since = times + (numbers["unit"] - numbers["origin"])[:, None]
+    plans["tau"] = tau = np.log1p((plans["t"] - times[:, 0]) / since[:, 0])
+    speed = 1 / (plans["t"] - numbers["origin"] + numbers["unit"]) / tau
+    ages = np.log1p((times[:, :1] - times) / since) / tau[:, None]
+    reach = 1 + ages  # (t − t_j)/h
+    points = np.arange(MAX_POINTS)
+    factors = reach[:, None, :] / (ages[:, None, :] - ages[:, :, None])
+    factors[:, points, points] = 1.0
+    products = factors.cumprod(2)  # at [:, i, j] the weight of θ_i in p_j, for i ≤ j
+    runs, k, above = np.arange(len(n)), order[:, None], np.minimum(order + 1, MAX_POINTS - 1)
+    has_lower, has_higher = order > 1, n > order + 1
+    inverse = 1 / reach
+    terms = np.where(points <= k, inverse, 0.0)
+    predictor = np.where(points <= k, products[runs, :, order], 0.0)
+    slope = predictor * (terms.sum(1, keepdims=True) - terms) * speed[:, None]
+    lower = np.where((points < k) & has_lower[:, None], products[runs, :, order - 1], 0.0)
+    higher = np.where((points <= k + 1) & has_higher[:, None], products[runs, :, above], 0.0)
+    table = np.stack([predictor, slope, lower, higher], axis=1)
+    first = n == 1
+    table[first] = 0.0
+    table[first, 0, 0], table[first, 0, 1], table[first, 1, 1] = 1.0, plans["h"][first], 1.0
+    plans["a"] = np.where(first, 1 / plans["h"], np.where(points < k, inverse, 0.0).sum(1) * speed)
+    plans["below"] = np.where(has_lower, inverse[runs, order - 1], 0.0)
+    plans["own"] = np.where(first, 0.5, inverse[runs, order])
+    plans["above"] = np.where(has_higher, inverse[runs, above], 0.0)
+    return table
+
+
+@cache
+def arithmetic_for(device: torch.device, dtype: torch.dtype, n_parameters: int) -> Plain:
+    """Which serves: compiled for few parameters in float64 on a CPU, where Numba can be imported."""
+    if device.type != "cpu" or dtype != torch.float64 or n_parameters > COMPILED_LIMIT:
+        return Plain()
+    try:
+        found: Plain = import_module("torch_gradflow.flow.bdf_batched_compiled").Compiled()
+    except ImportError:
+        return Plain()
+    return found
+
+
 def try_step(runs: Runs, span: Span, hessians_at: HessiansAt, gradients_at: GradientsAt) -> Step:
     """Try a step of every run, as ``bdf`` does.
 
@@ -185,38 +244,20 @@ def try_step(runs: Runs, span: Span, hessians_at: HessiansAt, gradients_at: Grad
         hessians_at: Evaluates; NaN for a run makes its step a rejected one. The Hessians are written to.
         gradients_at: The same without Hessians, for tolerances at which the linearisation is verified.
     """
-    t, left = runs.t, span.t_end - runs.t
-    wanted = runs.numbers["h"]
-    h = np.where(wanted >= left * (1 - 1e-10), left, np.minimum(wanted, 0.5 * left))  # see ``method.approaches``
-    t_new = np.where(h == left, span.t_end, t + h)
-    order = np.minimum(runs.numbers["order"], np.maximum(1, runs.numbers["n_points"] - 1))
-    plan = formulas(runs.numbers, t_new, h, order)
-    rows = runs.theta.new_tensor(plan.weights) @ runs.theta
-    predicted, slope = rows[:, 0], rows[:, 1]
-    tolerated = weights(span.rtol, span.atol, runs.theta[:, 0], predicted)
-    a = runs.theta.new_tensor(plan.a)[:, None]
-    loss, gradient, hessian = hessians_at(np.arange(len(t)), predicted)
+    arithmetic = arithmetic_for(runs.theta.device, runs.theta.dtype, runs.theta.shape[2])
+    prediction = arithmetic.predict(runs, span)
+    rows, a = prediction.rows, runs.theta.new_tensor(prediction.plans["a"])[:, None]
+    loss, gradient, hessian = hessians_at(np.arange(len(rows)), rows[:, 0].contiguous())
     hessian.diagonal(dim1=1, dim2=2).add_(a)
     factor, info = torch.linalg.cholesky_ex(hessian)
-    delta, solved = _solve(factor, -(gradient + slope)), info == 0
+    delta, solved = _solve(factor, -(gradient + rows[:, 1])), info == 0
     if span.rtol > VERIFY_ABOVE:
-        delta, solved = _verified(delta, solved, factor, rows, a, tolerated, gradients_at)
-    new, new_slope = predicted + delta, -(slope + a * delta)
-    norms = ((new[:, None] - rows[:, [2, 0, 3]]) / tolerated[:, None]).square_().mean(2).sqrt_()
-    loss = loss + 0.5 * ((gradient + new_slope) * delta).sum(1)
-    found = torch.cat([norms, loss[:, None], solved[:, None].to(norms.dtype)], dim=1).to("cpu", torch.float64).numpy()
-    errors, is_solved = found[:, :3] * plan.constants, found[:, 4] != 0
-    accepted = is_solved & (errors[:, 1] <= 1) & np.isfinite(found[:, 3])
-    numbers = _after_acceptance(runs.numbers, plan, errors, h, t_new, order)
-    theta = torch.cat([new[:, None], runs.theta[:, :-1]], dim=1)
-    if not accepted.all():
-        numbers = np.where(accepted, numbers, _after_rejection(runs.numbers, errors[:, 1], is_solved, h))
-        theta = torch.where(torch.from_numpy(accepted).to(theta.device)[:, None, None], theta, runs.theta)
-    return Step(Runs(numbers, theta), accepted, loss, new_slope)
+        delta, solved = _verified(delta, solved, factor, rows, a, gradients_at)
+    return arithmetic.finish(runs, prediction, delta, loss, gradient, solved)
 
 
 def _verified(
-    delta: Tensor, solved: Tensor, factor: Tensor, rows: Tensor, a: Tensor, tolerated: Tensor, gradients_at: GradientsAt
+    delta: Tensor, solved: Tensor, factor: Tensor, rows: Tensor, a: Tensor, gradients_at: GradientsAt
 ) -> tuple[Tensor, Tensor]:
     """Simplified Newton iterations, see ``bdf.Direct``, each for those runs that have not settled; δ, and who has."""
     delta, settled = delta.clone(), torch.zeros_like(solved)
@@ -228,7 +269,7 @@ def _verified(
         own = delta[busy]
         _, gradient = gradients_at(busy.cpu().numpy(), rows[busy, 0] + own)
         change = _solve(factor[busy], -(gradient + rows[busy, 1] + a[busy] * own))
-        size = (change / tolerated[busy]).square_().mean(1).sqrt_().nan_to_num_(nan=torch.inf, posinf=torch.inf)
+        size = (change / rows[busy, 4]).square_().mean(1).sqrt_().nan_to_num_(nan=torch.inf, posinf=torch.inf)
         delta[busy] = own + change
         settled[busy] = size < 0.1
         going_on = (size >= 0.1) & ~(size > 0.9 * before)
@@ -237,25 +278,23 @@ def _verified(
 
 
 @np.errstate(invalid="ignore", over="ignore")  # of steps that are not accepted
-def _after_acceptance(
-    numbers: NDArray[Any], plan: Formulas, errors: Numbers, h: Numbers, t_new: Numbers, order: Integers
-) -> NDArray[Any]:
+def _after_acceptance(numbers: NDArray[Any], plans: NDArray[Any], errors: Numbers) -> NDArray[Any]:
     """The runs after accepted steps: ``OrderControl.accepted``, and what follows from it."""
-    first, n_steps = numbers["n_points"] == 1, numbers["n_steps"] + 1
+    first, n_steps, order = numbers["n_points"] == 1, numbers["n_steps"] + 1, plans["order"]
     lower, factor, higher = (SAFETY * np.maximum(errors[:, i], 1e-8) ** (-1 / (order + i)) for i in range(3))
-    down = (plan.constants[:, 0] != 0) & (LOYALTY * lower > factor)
+    down = (plans["below"] != 0) & (LOYALTY * lower > factor)
     factor, next_order = np.where(down, LOYALTY * lower, factor), np.where(down, order - 1, order)
-    up = (plan.constants[:, 2] != 0) & (order < MAX_ORDER) & (n_steps > order) & (LOYALTY * higher >= factor)
+    up = (plans["above"] != 0) & (order < MAX_ORDER) & (n_steps > order) & (LOYALTY * higher >= factor)
     factor, next_order = np.where(up, LOYALTY * higher, factor), np.where(up, order + 1, next_order)
     factor = np.where(numbers["n_failures"] > 0, np.minimum(factor, 1.0), factor)
     bounded = np.clip(factor, MIN_GROWTH, np.where(first, 10.0, MAX_GROWTH))
     factor = np.where((factor >= 1.0) & (factor <= HYSTERESIS), 1.0, bounded)
-    longer = np.expm1(np.minimum(factor * plan.tau, LONGEST)) * (t_new - numbers["origin"] + numbers["unit"])
+    longer = np.expm1(np.minimum(factor * plans["tau"], LONGEST)) * (plans["t"] - numbers["origin"] + numbers["unit"])
     after = numbers.copy()
-    after["times"][:, 1:], after["times"][:, 0] = numbers["times"][:, :-1], t_new
+    after["times"][:, 1:], after["times"][:, 0] = numbers["times"][:, :-1], plans["t"]
     after["n_points"] = np.minimum(numbers["n_points"] + 1, MAX_POINTS)
     # A step that was cut to end somewhere says nothing against the step size that was wanted.
-    after["h"] = np.where(h < numbers["h"], np.maximum(numbers["h"], longer), longer)
+    after["h"] = np.where(plans["h"] < numbers["h"], np.maximum(numbers["h"], longer), longer)
     after["order"], after["n_steps"], after["n_failures"] = next_order, np.where(next_order != order, 0, n_steps), 0
     after["error"], after["last_order"] = errors[:, 1], order
     after["n_accepted"] += 1
@@ -263,12 +302,12 @@ def _after_acceptance(
 
 
 @np.errstate(invalid="ignore", over="ignore")  # of steps that are not rejected
-def _after_rejection(numbers: NDArray[Any], own: Numbers, is_solved: Mask, h: Numbers) -> NDArray[Any]:
+def _after_rejection(numbers: NDArray[Any], plans: NDArray[Any], own: Numbers, is_solved: Mask) -> NDArray[Any]:
     """The runs after rejected steps: ``OrderControl.rejected``, and what follows from it."""
     error = np.where(is_solved & (own > 1), own, np.inf)
     shorter = np.clip(SAFETY * error ** (-1 / (numbers["order"] + 1)), 0.2, 0.8)
     after = numbers.copy()
-    after["h"] = h * np.where(np.isinf(error), 0.35, shorter)
+    after["h"] = plans["h"] * np.where(np.isinf(error), 0.35, shorter)
     after["error"] = np.where(is_solved, error, numbers["error"])
     after["n_failures"] += 1
     after["n_steps"] = 0
