@@ -221,35 +221,37 @@ class _Batch:
         times, sizes, orders = runs.t.tolist(), runs.numbers["h"].tolist(), runs.numbers["last_order"].tolist()
         points, losses, gradients = runs.theta[:, 0].clone().unbind(), step.loss.unbind(), step.gradient.unbind()
         energies = torch.stack([step.loss, step.gradient.square().sum(1)], dim=1).tolist()
-        visited = []
+        visited, kept, passed = [], [], []
         for place in places:
             member, t = self.members[place], times[place]
-            member.knot = knot = Knot(t, points[place], losses[place], gradients[place])
-            if t >= t_end:
+            member.knot = Knot(t, points[place], losses[place], gradients[place])
+            if member.error is not None or t >= t_end:
                 self._try(member, self._end, place, "t_end")
-            elif t >= member.run.next_time or member.error is not None:
+            elif member.run.looks_at(t):
                 visited.append(place)
+            elif member.run.samples(t):
+                kept.append(place)
             else:
-                member.run.passes(knot, sizes[place], orders[place], (t, *energies[place]))
-        exact = self._samples(runs, [place for place in visited if self.members[place].run.samples(times[place])])
+                passed.append((place, None))
+        for place, exact in [*passed, *self._exact(kept)]:
+            member = self.members[place]
+            member.run.passes(member.knot, sizes[place], orders[place], (times[place], *energies[place]), exact)
         for place in visited:
-            knot, interpolant = self.members[place].knot, partial(runs.between, place)
-            known = exact.get(place)
-            arrival = Arrival(knot, sizes[place], interpolant, True, self._settings.method, orders[place], exact=known)
+            knot, between = self.members[place].knot, partial(runs.between, place)
+            arrival = Arrival(knot, sizes[place], between, True, self._settings.method, orders[place])
             self._try(self.members[place], self._visit, place, arrival)
 
-    def _samples(self, runs: Runs, places: list[int]) -> dict[int, Knot]:
-        """The points of runs that keep them, with loss and gradient evaluated there, where these are finite."""
+    def _exact(self, places: list[int]) -> Iterable[tuple[int, Knot]]:
+        """The last points of these runs with loss and gradient evaluated there, where these are finite."""
         if not places:
-            return {}
+            return
         points = torch.stack([self.members[place].knot.theta for place in places])
         losses, gradients = self._gradients_at(np.array(places), points)
         finite = (losses.isfinite() & gradients.isfinite().all(1)).tolist()
-        found = {}
-        for place, point, loss, gradient, good in zip(places, points, losses, gradients, finite, strict=True):
+        rows = zip(places, points.unbind(), losses.unbind(), gradients.unbind(), finite, strict=True)
+        for place, point, loss, gradient, is_finite in rows:
             knot = self.members[place].knot
-            found[place] = Knot(knot.t, point, loss, gradient) if good else knot
-        return found
+            yield place, Knot(knot.t, point, loss, gradient) if is_finite else knot
 
     def _visit(self, place: int, arrival: Arrival) -> None:
         if self.members[place].run.visit(arrival):

@@ -335,8 +335,8 @@ class FlowRun:
         return FlowSolution(
             t=torch.tensor([knot.t for knot in knots], dtype=torch.float64),
             theta=torch.stack([self._to_theta(knot.theta) for knot in knots]),
-            loss=torch.tensor([float(knot.loss) for knot in knots], dtype=torch.float64),
-            grad_norm=torch.tensor([self._grad_norm(knot.gradient) for knot in knots], dtype=torch.float64),
+            loss=torch.stack([knot.loss for knot in knots]).to("cpu", torch.float64),
+            grad_norm=self._grad_norms(torch.stack([knot.gradient for knot in knots])).to("cpu", torch.float64),
             n_grad=n_grad,
             n_hessian=n_hessian,
             n_hvp=n_hvp,
@@ -388,30 +388,31 @@ class FlowRun:
         )
         return self.method.run(self._objective, self.last, span, self.visit, self._memory)
 
-    @property
-    def next_time(self) -> float:
-        """Accepted points before this flow time need not be visited; they may be passed."""
-        if self._watched or self._knots is not None or self._checkpoint is not None:
-            return -math.inf
-        if self._t_eval is None:
-            return self._next_sample
-        return self._t_eval[self._next_eval] if self._next_eval < len(self._t_eval) else math.inf
+    def looks_at(self, t: float) -> bool:
+        """Whether an accepted step up to t is to be visited; else it may be passed."""
+        due = self._t_eval is not None and self._next_eval < len(self._t_eval) and self._t_eval[self._next_eval] <= t
+        return due or self._watched or self._knots is not None or self._checkpoint is not None
 
     def samples(self, t: float) -> bool:
         """Whether an accepted point at t is to be kept, for which loss and gradient are evaluated."""
         return self._t_eval is None and t >= self._next_sample
 
-    def passes(self, knot: Knot, step_size: float, order: int, energy: tuple[float, float, float]) -> None:
-        """An accepted step at which there is nothing to do.
+    def passes(
+        self, knot: Knot, step_size: float, order: int, energy: tuple[float, float, float], exact: Knot | None = None
+    ) -> None:
+        """An accepted step that is not looked at; what ``visit`` does for it, for a fraction of the price.
 
         Args:
             knot: Its point, with the loss and gradient of a linearisation.
             step_size: The step size to come.
             order: Of the step.
             energy: t, L and ‖∇L‖² there, as numbers.
+            exact: The point with loss and gradient evaluated there, where it is to be kept.
         """
         self._energy.append(energy)
         self._advance(knot, step_size, order, True)
+        if exact is not None:
+            self._keep(exact, False)
 
     def visit(self, arrival: Arrival) -> bool:
         """An accepted step; whether the run is to end there."""
@@ -525,7 +526,7 @@ class FlowRun:
         knot = arrival.knot
         if self._t_eval is None:
             if self.samples(knot.t):
-                self._keep(arrival.exact or knot, arrival.approximate and arrival.exact is None)
+                self._keep(knot, arrival.approximate)
         elif arrival.interpolant is not None:
             self._interpolate_up_to(previous.t)
             self._evaluate_up_to(knot.t, arrival.interpolant)
@@ -605,7 +606,11 @@ class FlowRun:
         return self._grad_norm(self.last.gradient)
 
     def _grad_norm(self, gradient: Tensor) -> float:
-        return float(torch.linalg.vector_norm(gradient if self._scale is None else gradient / self._scale, math.inf))
+        return float(self._grad_norms(gradient))
+
+    def _grad_norms(self, gradients: Tensor) -> Tensor:
+        """Those of one gradient, or of rows of them."""
+        return torch.linalg.vector_norm(gradients if self._scale is None else gradients / self._scale, math.inf, dim=-1)
 
     def _to_theta(self, point: Tensor) -> Tensor:
         return point if self._scale is None else point * self._scale

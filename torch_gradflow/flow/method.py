@@ -34,7 +34,6 @@ class Arrival:
         method: The integrator that took the step.
         order: The order of the step; 0 where the integrator does not tell.
         remember: What a run needs to go on from here, see ``Memory``.
-        exact: The knot with loss and gradient evaluated there, where that has been done already.
     """
 
     knot: Knot
@@ -44,7 +43,6 @@ class Arrival:
     method: str
     order: int
     remember: Callable[[], Memory | None] = lambda: None
-    exact: Knot | None = None
 
 
 # Called with each accepted step; True ends the run there.
