@@ -7,6 +7,7 @@ common but that their steps are tried in lockstep: each has steps, orders and re
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -134,6 +135,11 @@ class Prediction:
     plans: NDArray[Any]
     rows: Tensor
 
+    @property
+    def a(self) -> Tensor:
+        """α/h, shape ``(k, 1)``."""
+        return self.rows.new_tensor(self.plans["a"])[:, None]
+
 
 @dataclass(frozen=True)
 class Step:
@@ -144,19 +150,39 @@ class Step:
         accepted: Whose steps were.
         loss: L at the new points, as the linearisation has it, shape ``(k,)``.
         gradient: ∇L there, shape ``(k, P)``.
+        energy: L and ‖∇L‖² there, as numbers, shape ``(k, 2)``.
     """
 
     runs: Runs
     accepted: Mask
     loss: Tensor
     gradient: Tensor
+    energy: Numbers
 
 
-class Plain:
-    """What steps compute from their histories besides the solution of their equations: in numpy, and on tensors of any kind."""
+class Arithmetic(ABC):
+    """What steps compute besides evaluations."""
 
+    @abstractmethod
     def predict(self, runs: Runs, span: Span) -> Prediction:
         """The steps to be tried."""
+
+    @abstractmethod
+    def solve(self, prediction: Prediction, gradient: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+        """θ − p_k by gradient and Hessian at p_k, and for which runs H + a is positive definite; ``hessian`` is lost."""
+
+    @abstractmethod
+    def finish(
+        self, runs: Runs, prediction: Prediction, delta: Tensor, loss: Tensor, gradient: Tensor, solved: Tensor
+    ) -> Step:
+        """What follows from θ − p_k, from loss and gradient at p_k, and from whether the equations were solved."""
+
+
+class Plain(Arithmetic):
+    """In numpy, and on tensors of any kind."""
+
+    def predict(self, runs: Runs, span: Span) -> Prediction:
+        """See ``Arithmetic``."""
         t, left, wanted = runs.t, span.t_end - runs.t, runs.numbers["h"]
         plans = np.zeros(len(t), PLAN)
         h = np.where(wanted >= left * (1 - 1e-10), left, np.minimum(wanted, 0.5 * left))  # see ``method.approaches``
@@ -166,25 +192,31 @@ class Plain:
         tolerated = weights(span.rtol, span.atol, runs.theta[:, 0], rows[:, 0])
         return Prediction(plans, torch.cat([rows, tolerated[:, None]], dim=1))
 
+    def solve(self, prediction: Prediction, gradient: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Arithmetic``."""
+        factor, solved = _factorised(prediction, hessian)
+        return _solve(factor, -(gradient + prediction.rows[:, 1])), solved
+
     def finish(
         self, runs: Runs, prediction: Prediction, delta: Tensor, loss: Tensor, gradient: Tensor, solved: Tensor
     ) -> Step:
-        """What follows from θ − p_k, from loss and gradient at p_k, and from whether the equations were solved."""
+        """See ``Arithmetic``."""
         plans, rows = prediction.plans, prediction.rows
         new = rows[:, 0] + delta
-        slope = -(rows[:, 1] + rows.new_tensor(plans["a"])[:, None] * delta)
+        slope = -(rows[:, 1] + prediction.a * delta)
         apart = (new[:, None] - rows[:, [2, 0, 3]]) / rows[:, 4:]
         loss = loss + 0.5 * ((gradient + slope) * delta).sum(1)
-        numbers = [apart.square_().mean(2).sqrt_(), loss[:, None], solved[:, None].to(loss.dtype)]
-        found = torch.cat(numbers, dim=1).to("cpu", torch.float64).numpy()
-        errors, is_solved = found[:, :3] * np.stack([plans["below"], plans["own"], plans["above"]], axis=1), found[:, 4] != 0
-        accepted = is_solved & (errors[:, 1] <= 1) & np.isfinite(found[:, 3])
+        norms, others = apart.square_().mean(2).sqrt_(), (loss, slope.square().sum(1), solved)
+        found = torch.cat([norms, *(other[:, None].to(loss.dtype) for other in others)], dim=1)
+        numbers = found.to("cpu", torch.float64).numpy()
+        errors, is_solved = numbers[:, :3] * np.stack([plans["below"], plans["own"], plans["above"]], axis=1), numbers[:, 5] != 0
+        accepted = is_solved & (errors[:, 1] <= 1) & np.isfinite(numbers[:, 3])
         after = _after_acceptance(runs.numbers, plans, errors)
         theta = torch.cat([new[:, None], runs.theta[:, :-1]], dim=1)
         if not accepted.all():
             after = np.where(accepted, after, _after_rejection(runs.numbers, plans, errors[:, 1], is_solved))
             theta = torch.where(torch.from_numpy(accepted).to(theta.device)[:, None, None], theta, runs.theta)
-        return Step(Runs(after, theta), accepted, loss, slope)
+        return Step(Runs(after, theta), accepted, loss, slope, numbers[:, 3:5])
 
 
 @np.errstate(divide="ignore", invalid="ignore", over="ignore")  # of points that are not there
@@ -224,12 +256,12 @@ def _formulas(numbers: NDArray[Any], plans: NDArray[Any]) -> Numbers:
 
 
 @cache
-def arithmetic_for(device: torch.device, dtype: torch.dtype, n_parameters: int) -> Plain:
+def arithmetic_for(device: torch.device, dtype: torch.dtype, n_parameters: int) -> Arithmetic:
     """Which serves: compiled for few parameters in float64 on a CPU, where Numba can be imported."""
     if device.type != "cpu" or dtype != torch.float64 or n_parameters > COMPILED_LIMIT:
         return Plain()
     try:
-        found: Plain = import_module("torch_gradflow.flow.bdf_batched_compiled").Compiled()
+        found: Arithmetic = import_module("torch_gradflow.flow.bdf_batched_compiled").Compiled()
     except ImportError:
         return Plain()
     return found
@@ -246,29 +278,36 @@ def try_step(runs: Runs, span: Span, hessians_at: HessiansAt, gradients_at: Grad
     """
     arithmetic = arithmetic_for(runs.theta.device, runs.theta.dtype, runs.theta.shape[2])
     prediction = arithmetic.predict(runs, span)
-    rows, a = prediction.rows, runs.theta.new_tensor(prediction.plans["a"])[:, None]
-    loss, gradient, hessian = hessians_at(np.arange(len(rows)), rows[:, 0].contiguous())
-    hessian.diagonal(dim1=1, dim2=2).add_(a)
-    factor, info = torch.linalg.cholesky_ex(hessian)
-    delta, solved = _solve(factor, -(gradient + rows[:, 1])), info == 0
+    loss, gradient, hessian = hessians_at(np.arange(len(prediction.plans)), prediction.rows[:, 0].contiguous())
     if span.rtol > VERIFY_ABOVE:
-        delta, solved = _verified(delta, solved, factor, rows, a, gradients_at)
+        delta, solved = _verified(prediction, gradient, hessian, gradients_at)
+    else:
+        delta, solved = arithmetic.solve(prediction, gradient, hessian)
     return arithmetic.finish(runs, prediction, delta, loss, gradient, solved)
 
 
+def _factorised(prediction: Prediction, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """The Cholesky factors of H + a, and whether they exist; ``hessian`` is written to."""
+    hessian.diagonal(dim1=1, dim2=2).add_(prediction.a)
+    factor, info = torch.linalg.cholesky_ex(hessian)
+    return factor, info == 0
+
+
 def _verified(
-    delta: Tensor, solved: Tensor, factor: Tensor, rows: Tensor, a: Tensor, gradients_at: GradientsAt
+    prediction: Prediction, gradient: Tensor, hessian: Tensor, gradients_at: GradientsAt
 ) -> tuple[Tensor, Tensor]:
     """Simplified Newton iterations, see ``bdf.Direct``, each for those runs that have not settled; δ, and who has."""
-    delta, settled = delta.clone(), torch.zeros_like(solved)
+    rows, a = prediction.rows, prediction.a
+    factor, solved = _factorised(prediction, hessian)
+    delta, settled = _solve(factor, -(gradient + rows[:, 1])), torch.zeros_like(solved)
     busy = solved.nonzero()[:, 0]
     before = torch.full_like(busy, torch.inf, dtype=delta.dtype)
     for _ in range(4):
         if not len(busy):
             break
         own = delta[busy]
-        _, gradient = gradients_at(busy.cpu().numpy(), rows[busy, 0] + own)
-        change = _solve(factor[busy], -(gradient + rows[busy, 1] + a[busy] * own))
+        _, there = gradients_at(busy.cpu().numpy(), rows[busy, 0] + own)
+        change = _solve(factor[busy], -(there + rows[busy, 1] + a[busy] * own))
         size = (change / rows[busy, 4]).square_().mean(1).sqrt_().nan_to_num_(nan=torch.inf, posinf=torch.inf)
         delta[busy] = own + change
         settled[busy] = size < 0.1

@@ -14,13 +14,16 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from torch_gradflow.flow.bdf_batched import PLAN, Mask, Plain, Prediction, Runs, Step
+from torch_gradflow.flow.bdf_batched import PLAN, Arithmetic, Mask, Plain, Prediction, Runs, Step
 from torch_gradflow.flow.control import SAFETY
 from torch_gradflow.flow.dense import LONGEST
 from torch_gradflow.flow.method import Span
 from torch_gradflow.flow.multistep import HYSTERESIS, LOYALTY, MAX_GROWTH, MAX_ORDER, MAX_POINTS, MIN_GROWTH
 
+# The smallest number that a tolerated error may be.
 TINY = 2.2250738585072014e-308
+# Up to so many parameters the compiled factorisation is faster than LAPACK's with its calls.
+CHOLESKY_LIMIT = 64
 
 
 def _compiled(function: Any) -> Any:
@@ -156,14 +159,14 @@ def _finish(
     solved: Any,
     after: Any,
     after_theta: Any,
-    after_loss: Any,
-    after_gradient: Any,
+    slopes: Any,
+    energy: Any,
     accepted: Any,
 ) -> None:
     size = theta.shape[2]
     for r in range(len(numbers)):
         plan = plans[r]
-        low = own = high = change = 0.0
+        low = own = high = change = rate = 0.0
         for p in range(size):
             d, scale = delta[r, p], 1 / rows[r, 4, p]
             new = rows[r, 0, p] + d
@@ -173,10 +176,11 @@ def _finish(
             slope = -(rows[r, 1, p] + plan.a * d)
             change += 0.5 * (gradient[r, p] + slope) * d
             after_theta[r, 0, p] = new
-            after_gradient[r, p] = slope
+            slopes[r, p] = slope
+            rate += slope * slope
         low, own, high = plan.below * math.sqrt(low / size), plan.own * math.sqrt(own / size), plan.above * math.sqrt(high / size)
-        after_loss[r] = loss[r] + change
-        accepted[r] = solved[r] and own <= 1 and math.isfinite(after_loss[r])
+        energy[r, 0], energy[r, 1] = loss[r] + change, rate
+        accepted[r] = solved[r] and own <= 1 and math.isfinite(energy[r, 0])
         if accepted[r]:
             after_theta[r, 1:] = theta[r, :-1]
             _accept(numbers[r], plan, after[r], low, own, high)
@@ -185,38 +189,79 @@ def _finish(
             _reject(numbers[r], plan, after[r], own, solved[r])
 
 
-class Compiled(Plain):
-    """``bdf_batched.Plain``, compiled."""
+@_compiled
+def _solve(plans: Any, rows: Any, gradient: Any, hessian: Any, delta: Any, solved: Any) -> None:
+    """The lower triangles of H become Cholesky factors of H + a, with inverse diagonals."""
+    size = gradient.shape[1]
+    for r in range(len(plans)):
+        factor, x = hessian[r], delta[r]
+        solved[r] = True
+        for i in range(size):
+            for j in range(i):
+                s = factor[i, j]
+                for k in range(j):
+                    s -= factor[i, k] * factor[j, k]
+                factor[i, j] = s * factor[j, j]
+            s = factor[i, i] + plans[r].a
+            for k in range(i):
+                s -= factor[i, k] * factor[i, k]
+            if not s > 0.0:
+                solved[r] = False
+                break
+            factor[i, i] = 1 / math.sqrt(s)
+        if not solved[r]:
+            x[:] = 0.0
+            continue
+        for i in range(size):
+            s = -(gradient[r, i] + rows[r, 1, i])
+            for k in range(i):
+                s -= factor[i, k] * x[k]
+            x[i] = s * factor[i, i]
+        for i in range(size - 1, -1, -1):
+            x[i] *= factor[i, i]
+            for k in range(i):
+                x[k] -= factor[i, k] * x[i]
+
+
+class Compiled(Arithmetic):
+    """See ``Arithmetic``; in float64 on the CPU."""
 
     def predict(self, runs: Runs, span: Span) -> Prediction:
-        """See ``Plain``."""
+        """See ``Arithmetic``."""
         k, _, size = runs.theta.shape
         found = Prediction(np.empty(k, PLAN), torch.from_numpy(np.empty((k, 5, size))))
         _predict(runs.numbers, runs.theta.numpy(), span.t_end, span.rtol, span.atol, found.plans, found.rows.numpy())
         return found
 
+    def solve(self, prediction: Prediction, gradient: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor]:
+        """See ``Arithmetic``."""
+        if gradient.shape[1] > CHOLESKY_LIMIT:
+            return Plain().solve(prediction, gradient, hessian)
+        delta, solved = np.empty(gradient.shape), np.empty(len(gradient), dtype=np.bool_)
+        rows, matrices = prediction.rows.numpy(), hessian.contiguous().numpy()
+        _solve(prediction.plans, rows, gradient.contiguous().numpy(), matrices, delta, solved)
+        return torch.from_numpy(delta), torch.from_numpy(solved)
+
     def finish(
         self, runs: Runs, prediction: Prediction, delta: Tensor, loss: Tensor, gradient: Tensor, solved: Tensor
     ) -> Step:
-        """See ``Plain``."""
+        """See ``Arithmetic``."""
         k, _, size = runs.theta.shape
-        after, theta = runs.numbers.copy(), np.empty(runs.theta.shape)
-        after_loss, after_gradient = np.empty(k), np.empty((k, size))
+        numbers, theta = runs.numbers.copy(), np.empty(runs.theta.shape)
+        slope, energy = np.empty((k, size)), np.empty((k, 2))
         accepted: Mask = np.empty(k, dtype=np.bool_)
+        given = (delta, loss, gradient, solved)
         _finish(
             runs.numbers,
             runs.theta.numpy(),
             prediction.plans,
             prediction.rows.numpy(),
-            delta.contiguous().numpy(),
-            loss.numpy(),
-            gradient.numpy(),
-            solved.numpy(),
-            after,
+            *(tensor.contiguous().numpy() for tensor in given),
+            numbers,
             theta,
-            after_loss,
-            after_gradient,
+            slope,
+            energy,
             accepted,
         )
-        point = Runs(after, torch.from_numpy(theta))
-        return Step(point, accepted, torch.from_numpy(after_loss), torch.from_numpy(after_gradient))
+        after = Runs(numbers, torch.from_numpy(theta))
+        return Step(after, accepted, torch.from_numpy(energy)[:, 0], torch.from_numpy(slope), energy)

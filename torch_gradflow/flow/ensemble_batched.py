@@ -220,7 +220,7 @@ class _Batch:
         runs, t_end = step.runs, self._span.t_end
         times, sizes, orders = runs.t.tolist(), runs.numbers["h"].tolist(), runs.numbers["last_order"].tolist()
         points, losses, gradients = runs.theta[:, 0].clone().unbind(), step.loss.unbind(), step.gradient.unbind()
-        energies = torch.stack([step.loss, step.gradient.square().sum(1)], dim=1).tolist()
+        energies = step.energy.tolist()
         visited, kept, passed = [], [], []
         for place in places:
             member, t = self.members[place], times[place]
@@ -247,7 +247,7 @@ class _Batch:
             return
         points = torch.stack([self.members[place].knot.theta for place in places])
         losses, gradients = self._gradients_at(np.array(places), points)
-        finite = (losses.isfinite() & gradients.isfinite().all(1)).tolist()
+        finite = (losses + gradients.sum(1)).isfinite().tolist()
         rows = zip(places, points.unbind(), losses.unbind(), gradients.unbind(), finite, strict=True)
         for place, point, loss, gradient, is_finite in rows:
             knot = self.members[place].knot
