@@ -209,7 +209,10 @@ class Plain(Arithmetic):
         norms, others = apart.square_().mean(2).sqrt_(), (loss, slope.square().sum(1), solved)
         found = torch.cat([norms, *(other[:, None].to(loss.dtype) for other in others)], dim=1)
         numbers = found.to("cpu", torch.float64).numpy()
-        errors, is_solved = numbers[:, :3] * np.stack([plans["below"], plans["own"], plans["above"]], axis=1), numbers[:, 5] != 0
+        errors, is_solved = (
+            numbers[:, :3] * np.stack([plans["below"], plans["own"], plans["above"]], axis=1),
+            numbers[:, 5] != 0,
+        )
         accepted = is_solved & (errors[:, 1] <= 1) & np.isfinite(numbers[:, 3])
         after = _after_acceptance(runs.numbers, plans, errors)
         theta = torch.cat([new[:, None], runs.theta[:, :-1]], dim=1)
@@ -293,9 +296,7 @@ def _factorised(prediction: Prediction, hessian: Tensor) -> tuple[Tensor, Tensor
     return factor, info == 0
 
 
-def _verified(
-    prediction: Prediction, gradient: Tensor, hessian: Tensor, gradients_at: GradientsAt
-) -> tuple[Tensor, Tensor]:
+def _verified(prediction: Prediction, gradient: Tensor, hessian: Tensor, gradients_at: GradientsAt) -> tuple[Tensor, Tensor]:
     """Simplified Newton iterations, see ``bdf.Direct``, each for those runs that have not settled; δ, and who has."""
     rows, a = prediction.rows, prediction.a
     factor, solved = _factorised(prediction, hessian)

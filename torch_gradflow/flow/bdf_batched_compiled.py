@@ -1,6 +1,6 @@
 """The arithmetic of many runs' backward differentiation steps, compiled: for few parameters in float64 on a CPU.
 
-Two passes over the memory of all runs, instead of a hundred calls of numpy and torch. They do what ``Plain`` in ``bdf_batched``
+Three passes over the memory of all runs, instead of a hundred calls of numpy and torch. They do what ``bdf_batched.Plain``
 does; tests compare them.
 """
 
@@ -114,10 +114,8 @@ def _accept(run: Any, plan: Any, after: Any, low: float, own: float, high: float
         factor, next_order = LOYALTY * _factor(high, order + 1), order + 1
     if run.n_failures > 0:
         factor = min(factor, 1.0)
-    if 1.0 <= factor <= HYSTERESIS:
-        factor = 1.0
-    else:
-        factor = min(10.0 if run.n_points == 1 else MAX_GROWTH, max(MIN_GROWTH, factor))
+    bounded = min(10.0 if run.n_points == 1 else MAX_GROWTH, max(MIN_GROWTH, factor))
+    factor = 1.0 if 1.0 <= factor <= HYSTERESIS else bounded
     longer = math.expm1(min(factor * plan.tau, LONGEST)) * (plan.t - run.origin + run.unit)
     after.times[0] = plan.t
     for i in range(MAX_POINTS - 1):
@@ -178,7 +176,11 @@ def _finish(
             after_theta[r, 0, p] = new
             slopes[r, p] = slope
             rate += slope * slope
-        low, own, high = plan.below * math.sqrt(low / size), plan.own * math.sqrt(own / size), plan.above * math.sqrt(high / size)
+        low, own, high = (
+            plan.below * math.sqrt(low / size),
+            plan.own * math.sqrt(own / size),
+            plan.above * math.sqrt(high / size),
+        )
         energy[r, 0], energy[r, 1] = loss[r] + change, rate
         accepted[r] = solved[r] and own <= 1 and math.isfinite(energy[r, 0])
         if accepted[r]:

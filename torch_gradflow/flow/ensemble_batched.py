@@ -1,10 +1,10 @@
-"""Many runs of one objective in lockstep in this process: who joins, who leaves, what each run records, whose fault an error is."""
+"""Many runs of one objective in lockstep in this process: who joins and leaves, what each is told, whose fault an error is."""
 
 from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -130,7 +130,6 @@ class _Batch:
         rtol, atol, _ = tolerances(settings.rtol, settings.atol, objective.resolution)
         self._span = Span(float(settings.t_span[1]), rtol, atol, settings.step_size)
         self._runs: Runs | None = None
-        self._someone_left = False
 
     # Who joins, and who leaves.
 
@@ -148,7 +147,9 @@ class _Batch:
             patience = Patience(run.last.t)
             member = _Member(index, run, shared.counts, limit, float(run.last.loss), run.last, patience)
             self._try(member, self._begin, member)
-            if not member.is_over:
+            if member.is_over:
+                self._tell(member)
+            else:
                 joining.append(member)
         if joining:
             new = Runs.starting([member.knot for member in joining], self._span)
@@ -157,18 +158,18 @@ class _Batch:
 
     def _begin(self, member: _Member) -> None:
         if not member.run.begin():
-            self._close(member)
+            member.is_over = True
         elif member.knot.t >= self._span.t_end:
             member.run.end(RunEnd("t_end", member.knot, self._span.step_size or 0.0, 0, 0))
-            self._close(member)
+            member.is_over = True
 
     def interrupt(self) -> None:
         """End all at their last accepted points."""
-        for member in self.members:
+        members, self.members = self.members, []
+        for member in members:
             if not member.is_over:
                 self._try(member, member.run.interrupt)
-                self._close(member)
-        self.members = []
+            self._tell(member)
 
     def _try(self, member: _Member, action: Callable[..., object], *arguments: object) -> None:
         """Do something for a run, which fails alone if that, or an evaluation before, raised an exception."""
@@ -178,20 +179,20 @@ class _Batch:
             action(*arguments)
         except Exception as error:
             member.run.fail(error)
-            self._close(member)
+            member.is_over = True
 
-    def _close(self, member: _Member) -> None:
-        if not member.is_over:
-            member.is_over = self._someone_left = True
-            self._done(member.index, Outcome(member.run.solution(), member.initial_loss))
+    def _tell(self, member: _Member) -> None:
+        self._done(member.index, Outcome(member.run.solution(), member.initial_loss))
 
     def _make_room(self) -> None:
-        """Forget those that have ended."""
-        if self._someone_left and self._runs is not None:
+        """Those that have come to their end leave."""
+        over = [member for member in self.members if member.is_over]
+        if over and self._runs is not None:
             staying = [place for place, member in enumerate(self.members) if not member.is_over]
             self.members = [self.members[place] for place in staying]
             self._runs = self._runs.chosen(np.array(staying, dtype=np.int64))
-            self._someone_left = False
+        for member in over:
+            self._tell(member)
 
     # Their steps.
 
@@ -241,7 +242,7 @@ class _Batch:
             arrival = Arrival(knot, sizes[place], between, True, self._settings.method, orders[place])
             self._try(self.members[place], self._visit, place, arrival)
 
-    def _exact(self, places: list[int]) -> Iterable[tuple[int, Knot]]:
+    def _exact(self, places: list[int]) -> Iterator[tuple[int, Knot]]:
         """The last points of these runs with loss and gradient evaluated there, where these are finite."""
         if not places:
             return
@@ -281,7 +282,7 @@ class _Batch:
             order=int(numbers["last_order"]),
         )
         member.run.end(end)
-        self._close(member)
+        member.is_over = True
 
     # Evaluations: many at once; one by one where one of them raises an exception.
 
@@ -304,13 +305,12 @@ class _Batch:
             found = evaluate(points)
         except Exception:
             found = self._one_by_one(members, points, evaluate)
-        n = len(members)
-        n_grad, n_hvp, n_hessian = (counts.n_grad - before[0]) // n, (counts.n_hvp - before[1]) // n, (counts.n_hessian - before[2]) // n
+        after = counts.n_grad, counts.n_hvp, counts.n_hessian
+        n_grad, n_hvp, n_hessian = ((now - then) // len(members) for now, then in zip(after, before, strict=True))
         for member in members:
-            own = member.counts
-            own.n_grad += n_grad
-            own.n_hvp += n_hvp
-            own.n_hessian += n_hessian
+            member.counts.n_grad += n_grad
+            member.counts.n_hvp += n_hvp
+            member.counts.n_hessian += n_hessian
         return found
 
     def _one_by_one(

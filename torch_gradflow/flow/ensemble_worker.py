@@ -139,6 +139,7 @@ _here = threading.local()
 
 
 def built(problem: Problem, key: str) -> Objective:
+    """The objective; what a function made is kept in this thread under the key, unless that is ""."""
     if isinstance(problem, Objective):
         return problem
     if key and getattr(_here, "key", "") == key:

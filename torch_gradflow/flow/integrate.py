@@ -610,7 +610,10 @@ class FlowRun:
 
     def _grad_norms(self, gradients: Tensor) -> Tensor:
         """Those of one gradient, or of rows of them."""
-        return torch.linalg.vector_norm(gradients if self._scale is None else gradients / self._scale, math.inf, dim=-1)
+        norms: Tensor = torch.linalg.vector_norm(
+            gradients if self._scale is None else gradients / self._scale, math.inf, dim=-1
+        )
+        return norms
 
     def _to_theta(self, point: Tensor) -> Tensor:
         return point if self._scale is None else point * self._scale

@@ -135,7 +135,9 @@ class FunctionObjective(Objective):
             return False
         wanted = super().loss_gradient_hessian_many(thetas)
         near = self.resolution**0.5
-        return all(torch.allclose(a, b, rtol=near, atol=near * float(b.abs().max())) for a, b in zip(found, wanted, strict=True))
+        return all(
+            torch.allclose(a, b, rtol=near, atol=near * float(b.abs().max())) for a, b in zip(found, wanted, strict=True)
+        )
 
     def _mapped(self, thetas: Tensor, n_together: int, with_hessian: bool) -> list[Tensor]:
         """So many points at a time: a forward pass by torch.func.vmap, and backward passes that all points share."""
@@ -266,9 +268,7 @@ def _value_and_gradient(term: Callable[[Tensor], Tensor], theta: Tensor) -> tupl
     return value, gradient
 
 
-def _derivatives_of_many(
-    term: Callable[[Tensor], Tensor], thetas: Tensor, with_hessian: bool
-) -> Iterator[Tensor]:
+def _derivatives_of_many(term: Callable[[Tensor], Tensor], thetas: Tensor, with_hessian: bool) -> Iterator[Tensor]:
     """Values at many points, their gradients and Hessians, as far as they are not zero throughout."""
     with torch.enable_grad():
         leaf = thetas.detach().requires_grad_(True)

@@ -740,9 +740,7 @@ def _gradients_at(
     """The same at so many points, one after the other in memory, as are what is written."""
     step = 8 * order
     for i in range(count):
-        _gradient_at(
-            phis + i * step, gradients + i * step, losses + 8 * i, order, plan, plan_size, storage, storage_size
-        )
+        _gradient_at(phis + i * step, gradients + i * step, losses + 8 * i, order, plan, plan_size, storage, storage_size)
 
 
 # --- Hessian–vector products --------------------------------------------------------------------------------
