@@ -90,7 +90,7 @@ def arithmetic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("rtol", [1e-4, 1e-6])
 def test_runs_are_those_of_integrate(rtol: float) -> None:
-    """With and without the verifying gradient: accepted and rejected steps, orders, samples, counts; the objective is left alone."""
+    """With and without the verifying gradient: steps, orders, samples, counts; the objective is left alone."""
     objective, points = network()
     before = objective.counts.n_grad
     found = integrate_many(objective, points, (0.0, 1e4), rtol=rtol, **BATCHED)
@@ -126,7 +126,8 @@ def random_runs(rng: np.random.Generator, count: int) -> Runs:
     numbers["times"] = numbers["origin"][:, None] + 10 - steps.cumsum(1)
     numbers["unit"], numbers["h"] = 10 ** rng.uniform(-1, 2, count), 10 ** rng.uniform(-1, 0.5, count)
     numbers["order"] = np.minimum(rng.integers(1, 7, count), np.maximum(1, numbers["n_points"] - 1))
-    numbers["n_steps"], numbers["n_failures"] = rng.integers(0, 9, count), rng.integers(0, 4, count) * rng.integers(0, 2, count)
+    numbers["n_steps"] = rng.integers(0, 9, count)
+    numbers["n_failures"] = rng.integers(0, 4, count) * rng.integers(0, 2, count)
     numbers["error"] = rng.uniform(0, 1, count)
     return Runs(numbers, torch.from_numpy(rng.standard_normal((count, MAX_POINTS, 3))))
 
@@ -226,9 +227,10 @@ def test_other_objectives(kind: str) -> None:
         objective, points = network(dtype=torch.float32)
     else:
         objective, points = network(20, engine="torch.func")
-    found = integrate_many(objective, points[:3], (0.0, 5.0), **BATCHED)
+        objective.hessian(points[0])  # confirms its path, which takes some gradients
+    found = integrate_many(objective, points[:2], (0.0, 1.0), **BATCHED)
     for solution, start in zip(found, points, strict=False):
-        alone = integrate(objective, start, (0.0, 5.0), method="bdf")
+        alone = integrate(objective, start, (0.0, 1.0), method="bdf")
         if kind == "float32":  # whose rounding may decide on a step
             assert torch.allclose(solution.theta[-1], alone.theta[-1], rtol=1e-3, atol=1e-3)
         else:
@@ -400,7 +402,7 @@ def test_ctrl_c_ends_all_at_their_last_points(monkeypatch: pytest.MonkeyPatch, t
 
 def test_what_cannot_be_batched_is_refused() -> None:
     points = starts(2)
-    with pytest.raises(ValueError, match="executor='batched' .* which method='auto' cannot: pass method='bdf', or executor="):
+    with pytest.raises(ValueError, match=r"executor='batched' .* which method='auto' cannot: pass method='bdf', or executor="):
         integrate_many(Valley(), points, (0.0, 1.0), executor="batched")
     with pytest.raises(ValueError, match="needs one objective for all starts, and objective is a sequence of 2: pass one"):
         integrate_many([Valley(), Valley()], points, (0.0, 1.0), **BATCHED)
@@ -433,7 +435,7 @@ def many_agree(objective: Objective, points: Tensor) -> None:
 def test_perceptrons_at_many_points(sizes: tuple[int, ...], kernel: Any) -> None:
     """Of one and more hidden layers; with frozen, permuted and scaled parameters, and weight decay."""
     generator = torch.Generator().manual_seed(0)
-    perceptron = Perceptron.of(sizes, *[Activation("tanh")] * (len(sizes) - 2), Activation("identity"))
+    perceptron = Perceptron.of(sizes, Activation("tanh"), Activation("identity"))
     x, y = (torch.randn(n, 30, generator=generator, dtype=torch.float64) for n in (2, sizes[-1]))
     samples = Samples(x, y, torch.full((30,), 1 / 30, dtype=torch.float64))
     n = perceptron.n_parameters
@@ -445,7 +447,7 @@ def test_perceptrons_at_many_points(sizes: tuple[int, ...], kernel: Any) -> None
     changed = PerceptronObjective(perceptron, Loss("squared error"), samples, kernel=kernel, **options)
     many_agree(changed, points[:, 1:].contiguous())
     for rows in (points[:, :-2], points[0]):
-        with pytest.raises((ValueError, TypeError), match="theta must have the shape|0-d"):
+        with pytest.raises(ValueError, match="theta must have the shape"):
             changed.loss_and_gradient_many(rows)
 
 
@@ -462,8 +464,9 @@ def test_functions_at_many_points(is_mapped: bool) -> None:
     def constant(theta: Tensor) -> Tensor:
         return torch.ones((), dtype=torch.float64)
 
-    terms: tuple[Callable[[Tensor], Tensor], ...] = (smooth, constant) if is_mapped else (asking, constant)
-    objective = FunctionObjective(lambda: terms, 3, torch.float64, torch.device("cpu"), second_derivatives="double backward")
+    terms: tuple[Callable[[Tensor], Tensor], ...] = (smooth, constant) if is_mapped else (asking,)
+    path: Any = "torch.func" if is_mapped else "double backward"
+    objective = FunctionObjective(lambda: terms, 3, torch.float64, torch.device("cpu"), second_derivatives=path)
     points = starts(5)
     objective.loss_gradient_hessian_many(points)  # the first points confirm it
     many_agree(objective, points)

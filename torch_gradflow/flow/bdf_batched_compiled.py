@@ -89,7 +89,7 @@ def _predict(numbers: Any, theta: Any, t_end: float, rtol: float, atol: float, p
         if run.n_points == 1:
             table[0, 0], table[0, 1], table[1, 1] = 1.0, h, 1.0
             plan.a, plan.below, plan.own, plan.above = 1 / h, 0.0, 0.5, 0.0
-            plan.tau = math.log1p(h / run.unit)
+            plan.tau = math.log1p((plan.t - t) / (t - run.origin + run.unit))
         else:
             _formula(run, plan, table)
         for k in range(4):
