@@ -165,8 +165,8 @@ def integrate_many(
             Each run has its own steps, as many as alone, and the results agree up to rounding; but they share the calls
             around their evaluations, which for small networks take longer than these: with 64 starts of networks with
             17 to 33 parameters on 100 to 1000 samples a run took a fifth to a half of its time alone. Perceptrons in closed
-            form and functions that torch.func.vmap can map are evaluated at all points at once. On an accelerator, runs
-            share its kernels. It is not chosen by itself, as on many CPUs processes are faster for large ensembles.
+            form and functions that torch.func.vmap can map are evaluated at many points at once. A single run takes longer
+            than alone. It is not chosen by itself, as on many CPUs processes are faster for large ensembles.
             Or any ``concurrent.futures.Executor``: threads, dask's ``client.get_executor()``, loky's, MPI's; it is not
             shut down.
         directory: Where each run that came to an end leaves a file as soon as it does. Runs whose files are there are

@@ -25,6 +25,8 @@ from torch_gradflow.objectives.interrupts import Interrupts
 BATCHED = ("bdf",)
 # Runs under way at once: with more, calls are hardly shared further, while Hessians leave the cache.
 MAX_RUNS = 64
+# They are joined by others when so much of the batch is free: one by one, each would cost all of them a copy.
+ROOM = 0.125
 # Memory of the Hessians of a step.
 HESSIAN_BYTES = 2**28
 
@@ -53,7 +55,9 @@ def follow_together(
         with Interrupts() as interrupts:
             while waiting or batch.members:
                 interrupts.deliver()
-                batch.admit([waiting.popleft() for _ in range(min(len(waiting), capacity - len(batch.members)))])
+                room = min(len(waiting), capacity - len(batch.members))
+                if room >= ROOM * capacity or not batch.members:
+                    batch.admit([waiting.popleft() for _ in range(room)])
                 batch.step()
     except KeyboardInterrupt:
         batch.interrupt()
