@@ -164,7 +164,7 @@ def integrate_many(
             "batched": up to 64 runs at a time in lockstep in this process, with ``method="bdf"`` and one objective for all.
             Each run has its own steps, as many as alone, and the results agree up to rounding; but they share the calls
             around their evaluations, which for small networks take longer than these: with 64 starts of networks with
-            17 to 33 parameters on 100 to 1000 samples a run took a fifth to a half of its time alone. Perceptrons in closed
+            17 to 33 parameters on 100 to 1000 samples a run took a sixth to a third of its time alone. Perceptrons in closed
             form and functions that torch.func.vmap can map are evaluated at many points at once. A single run takes longer
             than alone. It is not chosen by itself, as on many CPUs processes are faster for large ensembles.
             Or any ``concurrent.futures.Executor``: threads, dask's ``client.get_executor()``, loky's, MPI's; it is not
