@@ -317,21 +317,6 @@ class Abyss(Objective):
         return torch.diag(-3 * theta**2)
 
 
-@pytest.mark.parametrize("trouble", ["raise", "raise later"])
-def test_exceptions_stay_with_their_runs(trouble: str) -> None:
-    """Whether the first evaluation raises it or a later one: the others go on as if nothing had been."""
-    points = troubled()
-    later = trouble == "raise later"
-    if later:
-        points[2, 0] = -4.0  # Trouble begins at −5, and each run of a batch shares the objective: a factory marks none.
-    objective = Raising(-3.9, later)
-    found = integrate_many(objective, points, (0.0, 5.0), **BATCHED)
-    assert found.failed == (2,) and "no value here" in found[2].message
-    assert found[2].message.startswith("Failed at t = " if later else "Failed before the first step with")
-    for i in (0, 1, 3, 4, 5):
-        agree(found[i], integrate(Valley(), points[i], (0.0, 5.0), method="bdf"))
-
-
 class Raising(Valley):
     """A valley in which points with θ_0 near a place have no value: at once, or only close to it."""
 
@@ -345,6 +330,18 @@ class Raising(Valley):
         return super().loss_and_gradient(theta)
 
 
+@pytest.mark.parametrize("later", [False, True])
+def test_exceptions_stay_with_their_runs(later: bool) -> None:
+    """Whether the first evaluation raises it or a later one: the others go on as if nothing had been."""
+    points = troubled()
+    points[2, 0] = -4.0
+    found = integrate_many(Raising(-3.9, later), points, (0.0, 5.0), **BATCHED)
+    assert found.failed == (2,) and "no value here" in found[2].message
+    assert found[2].message.startswith("Failed at t = " if later else "Failed before the first step with")
+    for i in (0, 1, 3, 4, 5):
+        agree(found[i], integrate(Valley(), points[i], (0.0, 5.0), method="bdf"))
+
+
 def test_points_without_values_end_only_their_run() -> None:
     far = starts()
     far[1, 0] = -5.0
@@ -353,7 +350,7 @@ def test_points_without_values_end_only_their_run() -> None:
     assert [s.status for s in found].count("t_end") == 5
     points = torch.tensor([[1.0, 0.5, 0.1], [0.0, 0.0, 0.0], [0.01, 0.01, 0.02]], dtype=torch.float64)
     diverging = integrate_many(Abyss(), points, (0.0, 10.0), **BATCHED)
-    assert [s.status for s in diverging] == ["underflow", "t_end", "t_end"] or diverging[0].status == "not finite"
+    assert diverging[0].status in ("underflow", "not finite") and [s.status for s in diverging[1:]] == ["t_end"] * 2
     all_agree(diverging, Abyss(), points, (0.0, 10.0))
 
 
