@@ -36,7 +36,7 @@ class Settings:
     max_evals: int | None
     step_size: float | None
 
-    def run(self, objective: Objective, start: Tensor, progress: Callable[[FlowReport], Any]) -> FlowRun:
+    def run(self, objective: Objective, start: Tensor, progress: Callable[[FlowReport], Any] | None = None) -> FlowRun:
         """A run, checked and ready to start."""
         return FlowRun(
             objective,
@@ -93,15 +93,20 @@ def follow(
     try:
         if torch.get_num_threads() != threads:
             torch.set_num_threads(threads)
-        run = settings.run(_built(problem, key), start, watch)
+        run = settings.run(built(problem, key), start, watch)
         initial_loss = float(run.last.loss)
         run.run()
     except Exception as error:
         if run is not None and run.status == "failed":
             return Outcome(run.solution(), initial_loss)
-        why = f"Failed before the first step with {describe(error)}"
-        return Outcome(no_solution(start, settings, "failed", why), math.nan)
+        return failed_at_once(start, settings, error)
     return Outcome(run.solution(), initial_loss)
+
+
+def failed_at_once(start: Tensor, settings: Settings, error: Exception) -> Outcome:
+    """That of a run that could not begin."""
+    why = f"Failed before the first step with {describe(error)}"
+    return Outcome(no_solution(start, settings, "failed", why), math.nan)
 
 
 def no_solution(start: Tensor, settings: Settings, status: Status, message: str) -> FlowSolution:
@@ -133,7 +138,8 @@ def describe(error: BaseException) -> str:
 _here = threading.local()
 
 
-def _built(problem: Problem, key: str) -> Objective:
+def built(problem: Problem, key: str) -> Objective:
+    """The objective; what a function made is kept in this thread under the key, unless that is ""."""
     if isinstance(problem, Objective):
         return problem
     if key and getattr(_here, "key", "") == key:

@@ -160,7 +160,7 @@ def _with_error(
 # What an accepted point changes in a ``FlowRun``, besides the lists that grow.
 _CHANGING = (
     "last",
-    "_before",
+    "_before_last",
     "_last_step",
     "_last_order",
     "_approximate",
@@ -228,8 +228,7 @@ class FlowRun:
             raise FloatingPointError(f"loss {float(loss)} or its gradient is not finite at theta0; start elsewhere.")
         first = Knot(self._t0, theta0.detach().clone(), loss, gradient)
         self.last = first
-        # The accepted point before the last one.
-        self._before = first
+        self._before_last = first
         self._last_step, self._last_order = math.nan, 0
         self._approximate = False
         # The last accepted points that interpolate by their slopes, each with whether its slope is approximate, and the order
@@ -274,42 +273,58 @@ class FlowRun:
     def run(self) -> None:
         """Integrate; KeyboardInterrupt ends it, any other exception is raised after the state was made consistent."""
         try:
-            reason = self._stop_check(self._report(self.last, self._step_size or 0.0))
-            if reason is not None:
-                self.status, self.message = "stopped", reason
-                return
-            end = self._integrate()
-            with _Wholly(self):
-                if end.knot.t > self.last.t:
-                    self._before = self.last
-                    self._last_step, self._last_order = end.knot.t - self.last.t, end.order
-                self.last = replace_gradient(end.knot, self._objective) if end.approximate else end.knot
-                self._approximate = False
-                self._end, self._step_size, self._memory = end, end.step_size, end.memory
-                self._n_accepted = self._n_earlier + end.n_accepted
-                self._note_energy(self.last)
-                self._note_path(self.last, end.interpolant)
-                self._sample_end()
-            self.status, self.message = self._describe(end)
-            self._save()
-            elapsed = self.last.t - self._t0
-            move = self.last.theta - self._before.theta
-            note = rounding_note(self._objective, self.last.theta, move, elapsed, self._rtol)
-            self.message = f"{self.message} {note}".rstrip()
+            if self.begin():
+                self.end(self._integrate())
         except KeyboardInterrupt:
-            self._save()
-            self.status = "interrupted"
-            self.message = f"Interrupted by the user at t = {self.last.t:.6g}; this is the last accepted point."
-            self._sample_end()
+            self.interrupt()
         except Exception as error:
-            self._save()
-            self.status = "failed"
-            self.message = (
-                f"Failed at t = {self.last.t:.6g} with {type(error).__name__}: {error}. This is the last accepted point."
-            )
+            self.fail(error)
             raise
         finally:
             self._progress.close(self.message)
+
+    # What ``run`` consists of; whoever takes the steps of many runs together calls these.
+
+    def begin(self) -> bool:
+        """Whether there is anything to do: the stopping rules are asked at the start."""
+        reason = self._stop_check(self._report(self.last, self._step_size or 0.0))
+        if reason is not None:
+            self.status, self.message = "stopped", reason
+        return reason is None
+
+    def end(self, end: RunEnd) -> None:
+        """The run came to an end."""
+        with _Wholly(self):
+            if end.knot.t > self.last.t:
+                self._before_last = self.last
+                self._last_step, self._last_order = end.knot.t - self.last.t, end.order
+            self.last = replace_gradient(end.knot, self._objective) if end.approximate else end.knot
+            self._approximate = False
+            self._end, self._step_size, self._memory = end, end.step_size, end.memory
+            self._n_accepted = self._n_earlier + end.n_accepted
+            self._note_energy(self.last)
+            self._note_path(self.last, end.interpolant)
+            self._sample_end()
+        self.status, self.message = self._describe(end)
+        self._save()
+        elapsed, move = self.last.t - self._t0, self.last.theta - self._before_last.theta
+        note = rounding_note(self._objective, self.last.theta, move, elapsed, self._rtol)
+        self.message = f"{self.message} {note}".rstrip()
+
+    def interrupt(self) -> None:
+        """The user wants it to end at the last accepted point."""
+        self._save()
+        self.status = "interrupted"
+        self.message = f"Interrupted by the user at t = {self.last.t:.6g}; this is the last accepted point."
+        self._sample_end()
+
+    def fail(self, error: Exception) -> None:
+        """The objective raised an exception."""
+        self._save()
+        self.status = "failed"
+        self.message = (
+            f"Failed at t = {self.last.t:.6g} with {type(error).__name__}: {error}. This is the last accepted point."
+        )
 
     def solution(self) -> FlowSolution:
         """What has been sampled so far, with the last accepted point."""
@@ -321,8 +336,8 @@ class FlowRun:
         return FlowSolution(
             t=torch.tensor([knot.t for knot in knots], dtype=torch.float64),
             theta=torch.stack([self._to_theta(knot.theta) for knot in knots]),
-            loss=torch.tensor([float(knot.loss) for knot in knots], dtype=torch.float64),
-            grad_norm=torch.tensor([self._grad_norm(knot.gradient) for knot in knots], dtype=torch.float64),
+            loss=torch.stack([knot.loss for knot in knots]).to("cpu", torch.float64),
+            grad_norm=self._grad_norms(torch.stack([knot.gradient for knot in knots])).to("cpu", torch.float64),
             n_grad=n_grad,
             n_hessian=n_hessian,
             n_hvp=n_hvp,
@@ -372,18 +387,42 @@ class FlowRun:
             # Enough accepted points to interpolate through.
             math.inf if self._t_eval is None or not n_knots else (self._t_end - self._t0) / n_knots,
         )
-        return self.method.run(self._objective, self.last, span, self._visit, self._memory)
+        return self.method.run(self._objective, self.last, span, self.visit, self._memory)
 
-    def _visit(self, arrival: Arrival) -> bool:
+    def looks_at(self, t: float) -> bool:
+        """Whether an accepted step up to t is to be visited; else it may be passed."""
+        due = self._t_eval is not None and self._next_eval < len(self._t_eval) and self._t_eval[self._next_eval] <= t
+        return due or self._watched or self._knots is not None or self._checkpoint is not None
+
+    def samples(self, t: float) -> bool:
+        """Whether an accepted point at t is to be kept, for which loss and gradient are evaluated."""
+        return self._t_eval is None and t >= self._next_sample
+
+    def passes(
+        self, knot: Knot, step_size: float, order: int, energy: tuple[float, float, float], exact: Knot | None = None
+    ) -> None:
+        """An accepted step that is not looked at; what ``visit`` does for it, for a fraction of the price.
+
+        Args:
+            knot: Its point, with the loss and gradient of a linearisation.
+            step_size: The step size to come.
+            order: Of the step.
+            energy: t, L and ‖∇L‖² there, as numbers.
+            exact: The point with loss and gradient evaluated there, where it is to be kept.
+        """
+        self._energy.append(energy)
+        self._advance(knot, step_size, order, True)
+        if exact is not None:
+            self._keep(exact, False)
+
+    def visit(self, arrival: Arrival) -> bool:
+        """An accepted step; whether the run is to end there."""
         with _Wholly(self):
-            previous, self.last, self._approximate = self.last, arrival.knot, arrival.approximate
-            self._before = previous
-            self._last_step, self._last_order = arrival.knot.t - previous.t, arrival.order
-            self._n_accepted += 1
-            self._step_size = arrival.step_size
-            self._note_energy(arrival.knot)
-            self._note_path(arrival.knot, arrival.interpolant)
-            self._sample(arrival, previous)
+            knot = arrival.knot
+            self._note_energy(knot)
+            self._advance(knot, arrival.step_size, arrival.order, arrival.approximate)
+            self._note_path(knot, arrival.interpolant)
+            self._sample(arrival, self._before_last)
             if self._checkpoint is not None:
                 self._memory = arrival.remember()
         if self._checkpoint is not None and time.perf_counter() - self._saved_at > CHECKPOINT_SECONDS:
@@ -398,6 +437,12 @@ class FlowRun:
             reason = self._stop_check(self._report(self.last, arrival.step_size))
         self._stopped_by = reason or ""
         return reason is not None
+
+    def _advance(self, knot: Knot, step_size: float, order: int, approximate: bool) -> None:
+        self._before_last, self.last, self._approximate = self.last, knot, approximate
+        self._last_step, self._last_order = knot.t - self._before_last.t, order
+        self._n_accepted += 1
+        self._step_size = step_size
 
     def _make_exact(self) -> None:
         if self._approximate:
@@ -451,7 +496,7 @@ class FlowRun:
             )
         device = self._objective.device
         self.last, self._approximate = unpack_knot(state["last"], device), state["approximate"]
-        self._before = self.last
+        self._before_last = self.last
         self._step_size, self._memory = state["step_size"], unpack_memory(state["memory"], device)
         self._last_step, self._last_order = state["last_step"]
         self._samples = [
@@ -470,7 +515,7 @@ class FlowRun:
     def _sample(self, arrival: Arrival, previous: Knot) -> None:
         knot = arrival.knot
         if self._t_eval is None:
-            if knot.t >= self._next_sample:
+            if self.samples(knot.t):
                 self._keep(knot, arrival.approximate)
         elif arrival.interpolant is not None:
             self._interpolate_up_to(previous.t)
@@ -551,7 +596,14 @@ class FlowRun:
         return self._grad_norm(self.last.gradient)
 
     def _grad_norm(self, gradient: Tensor) -> float:
-        return float(torch.linalg.vector_norm(gradient if self._scale is None else gradient / self._scale, math.inf))
+        return float(self._grad_norms(gradient))
+
+    def _grad_norms(self, gradients: Tensor) -> Tensor:
+        """Those of one gradient, or of rows of them."""
+        norms: Tensor = torch.linalg.vector_norm(
+            gradients if self._scale is None else gradients / self._scale, math.inf, dim=-1
+        )
+        return norms
 
     def _to_theta(self, point: Tensor) -> Tensor:
         return point if self._scale is None else point * self._scale

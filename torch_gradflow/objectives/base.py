@@ -100,6 +100,16 @@ class Objective(ABC):
         loss, gradient = self.loss_and_gradient(theta)
         return loss, gradient, self.hessian(theta)
 
+    def loss_and_gradient_many(self, thetas: Tensor) -> tuple[Tensor, Tensor]:
+        """L, shape ``(m,)``, and ∇L, shape ``(m, P)``, at the rows of ``thetas``, shape ``(m, P)``; m gradients."""
+        losses, gradients = zip(*map(self.loss_and_gradient, thetas), strict=True)
+        return torch.stack(losses), torch.stack(gradients)
+
+    def loss_gradient_hessian_many(self, thetas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L, ∇L and H, this of shape ``(m, P, P)``, at the rows of ``thetas``, shape ``(m, P)``."""
+        losses, gradients, hessians = zip(*map(self.loss_gradient_hessian, thetas), strict=True)
+        return torch.stack(losses), torch.stack(gradients), torch.stack(hessians)
+
 
 def check_start(objective: Objective, theta0: Tensor) -> None:
     """Check that ``theta0`` is a point of ``objective``.

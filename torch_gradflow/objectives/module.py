@@ -139,6 +139,16 @@ class ModuleObjective(FunctionObjective):
         fast = self._fast()
         return super().loss_gradient_hessian(theta) if fast is None else fast.loss_gradient_hessian(theta)
 
+    def loss_and_gradient_many(self, thetas: Tensor) -> tuple[Tensor, Tensor]:
+        """L and ∇L at many points."""
+        fast = self._fast()
+        return super().loss_and_gradient_many(thetas) if fast is None else fast.loss_and_gradient_many(thetas)
+
+    def loss_gradient_hessian_many(self, thetas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L, ∇L and H at many points."""
+        fast = self._fast()
+        return super().loss_gradient_hessian_many(thetas) if fast is None else fast.loss_gradient_hessian_many(thetas)
+
     @property
     def has_residuals(self) -> bool:
         """Whether it is the squared error of a perceptron."""

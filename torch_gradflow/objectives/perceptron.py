@@ -13,7 +13,7 @@ from torch_gradflow.objectives.base import NO_RESIDUALS, EvaluationCounts, Objec
 from torch_gradflow.objectives.least_squares import LeastSquares
 from torch_gradflow.objectives.recognition import RecognisedPerceptron
 from torch_gradflow.perceptron.architecture import Loss, Perceptron, Samples
-from torch_gradflow.perceptron.kernels import CompensatedKernel, KernelName, choose_kernel, compensated_kernel
+from torch_gradflow.perceptron.kernels import CompensatedKernel, CompiledKernel, KernelName, choose_kernel, compensated_kernel
 
 WIDE = "its layers are so wide that torch's own backward pass is faster than the closed form"
 
@@ -169,14 +169,24 @@ class PerceptronObjective(Objective):
         loss, gradient, hessian = self._kernel.loss_gradient_hessian(self._phi(theta))
         if self._compensated is not None:
             loss, gradient = self._compensated.loss_and_gradient(self._phi(theta))
-        if self._inverse is not None:
-            gradient, hessian = gradient[self._inverse], hessian[self._inverse][:, self._inverse]
-        if self._scale is not None:
-            gradient, hessian = gradient * self._scale, hessian * self._scale * self._scale[:, None]
-        if self._decay is not None:
-            hessian.diagonal().add_(2 * self._decay)
-            loss, gradient = self._decayed(theta, loss, gradient)
-        return loss, gradient, hessian
+        return self._of_theta(theta, loss, gradient, hessian)
+
+    def loss_and_gradient_many(self, thetas: Tensor) -> tuple[Tensor, Tensor]:
+        """L and ∇L at many points, in one pass of the compiled kernel."""
+        if not isinstance(self._kernel, CompiledKernel) or self._compensated is not None:
+            return super().loss_and_gradient_many(thetas)
+        self.counts.n_grad += len(thetas)
+        loss, gradient = self._kernel.loss_and_gradient_many(self._phi(thetas, 2))
+        gradient = gradient if self._inverse is None else gradient[:, self._inverse]
+        gradient = gradient if self._scale is None else gradient * self._scale
+        return (loss, gradient) if self._decay is None else self._decayed(thetas, loss, gradient)
+
+    def loss_gradient_hessian_many(self, thetas: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L, ∇L and H at many points, in one pass of the compiled kernel; counted as m Hessians."""
+        if not isinstance(self._kernel, CompiledKernel) or self._compensated is not None:
+            return super().loss_gradient_hessian_many(thetas)
+        self.counts.n_hessian += len(thetas)
+        return self._of_theta(thetas, *self._kernel.loss_gradient_hessian_many(self._phi(thetas, 2)))
 
     @property
     def has_residuals(self) -> bool:
@@ -218,10 +228,21 @@ class PerceptronObjective(Objective):
         if not self.has_residuals:
             raise NotImplementedError(NO_RESIDUALS)
 
+    def _of_theta(self, theta: Tensor, loss: Tensor, gradient: Tensor, hessian: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Derivatives by φ as those by θ, at one point or, along a first dimension, many."""
+        if self._inverse is not None:
+            gradient, hessian = gradient[..., self._inverse], hessian[..., self._inverse[:, None], self._inverse]
+        if self._scale is not None:
+            gradient, hessian = gradient * self._scale, hessian * self._scale * self._scale[:, None]
+        if self._decay is not None:
+            hessian.diagonal(dim1=-2, dim2=-1).add_(2 * self._decay)
+            loss, gradient = self._decayed(theta, loss, gradient)
+        return loss, gradient, hessian
+
     def _decayed(self, theta: Tensor, loss: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
         assert self._decay is not None
         weighted = self._decay * theta.detach()
-        return loss + weighted @ theta.detach(), gradient + 2 * weighted
+        return loss + (weighted * theta.detach()).sum(-1), gradient + 2 * weighted
 
     def _scaled(self, rows: Tensor) -> Tensor:
         """Rows in the order of θ, each times its scale."""
@@ -229,13 +250,16 @@ class PerceptronObjective(Objective):
             return rows
         return rows * (self._scale if rows.dim() == 1 else self._scale[:, None])
 
-    def _phi(self, theta: Tensor) -> Tensor:
-        if theta.shape != self._shape:  # a compiled kernel would read beyond its end
-            raise ValueError(f"theta must have the shape ({self.n_parameters},), not {tuple(theta.shape)}.")
-        theta = self._scaled(theta.detach() if theta.requires_grad else theta)
+    def _phi(self, theta: Tensor, dim: int = 1) -> Tensor:
+        """φ for θ of shape ``(P,)``, or for dim = 2 of the rows of a matrix."""
+        if theta.shape[-1:] != self._shape or theta.dim() != dim:  # a compiled kernel would read beyond its end
+            wanted = f"({self.n_parameters},)" if dim == 1 else f"(m, {self.n_parameters})"
+            raise ValueError(f"theta must have the shape {wanted}, not {tuple(theta.shape)}.")
+        theta = theta.detach() if theta.requires_grad else theta
+        theta = theta if self._scale is None else theta * self._scale
         if self._moving is None:
             return theta
-        phi = theta[self._moving.clamp(min=0)]
+        phi = theta[..., self._moving.clamp(min=0)]
         return phi if self._frozen is None else torch.where(self._moving < 0, self._frozen, phi)
 
 

@@ -733,6 +733,16 @@ def _gradient_at(
     )
 
 
+@compiled
+def _gradients_at(
+    phis: int, gradients: int, losses: int, count: int, order: int, plan: int, plan_size: int, storage: int, storage_size: int
+) -> None:
+    """The same at so many points, one after the other in memory, as are what is written."""
+    step = 8 * order
+    for i in range(count):
+        _gradient_at(phis + i * step, gradients + i * step, losses + 8 * i, order, plan, plan_size, storage, storage_size)
+
+
 # --- Hessian–vector products --------------------------------------------------------------------------------
 # Pearlmutter's R-operator (Neural Computation 6, 1994). Along a vector V, W → W + ε V, the quantities z, a and δ = ∂L/∂z
 # change at the rates
@@ -1139,6 +1149,35 @@ def _hessian_at(
     _complete(plan_, hessian_)
 
 
+@compiled
+def _hessians_at(
+    phis: int,
+    gradients: int,
+    hessians: int,
+    losses: int,
+    count: int,
+    order: int,
+    plan: int,
+    plan_size: int,
+    storage: int,
+    storage_size: int,
+) -> None:
+    """The same at so many points, one after the other in memory, as are what is written."""
+    step = 8 * order
+    for i in range(count):
+        _hessian_at(
+            phis + i * step,
+            gradients + i * step,
+            hessians + i * step * order,
+            losses + 8 * i,
+            order,
+            plan,
+            plan_size,
+            storage,
+            storage_size,
+        )
+
+
 # --- The class ----------------------------------------------------------------------------------------------
 
 _CACHED_NUMBERS = 49152  # of a chunk's values and slopes: 384 KiB, within the second-level cache
@@ -1365,6 +1404,23 @@ class CompiledPerceptron:
             elements = hessian.numpy().reshape(-1)
             loss.fill_(self._sum(_hessian_kernel, (phi.numpy(),), (gradient.numpy(), elements), self._hessian_time))
             _complete(self._plan, elements)
+
+    def loss_and_gradient_many(self, phis: Tensor, gradients: Tensor, losses: Tensor) -> None:
+        """Write L and ∇L for each row of `phis`."""
+        if self._most_shards <= 1:
+            _gradients_at(phis.data_ptr(), gradients.data_ptr(), losses.data_ptr(), len(phis), *self._place)
+        else:
+            for row in zip(phis, gradients, losses, strict=True):
+                self.loss_and_gradient(*row)
+
+    def loss_gradient_hessian_many(self, phis: Tensor, gradients: Tensor, hessians: Tensor, losses: Tensor) -> None:
+        """Write L, ∇L and ∇²L for each row of `phis`. For networks that have `has_hessian`."""
+        if self._most_shards <= 1:
+            pointers = phis.data_ptr(), gradients.data_ptr(), hessians.data_ptr(), losses.data_ptr()
+            _hessians_at(*pointers, len(phis), *self._place)
+        else:
+            for row in zip(phis, gradients, hessians, losses, strict=True):
+                self.loss_gradient_hessian(*row)
 
     def _sum(self, kernel: _Kernel, inputs: tuple[Numbers, ...], outputs: tuple[Numbers, ...], time: float) -> float:
         """Run the kernel over all shards, one for each of torch's threads; the sum of the losses.

@@ -117,6 +117,26 @@ class CompiledKernel:
             return loss, gradient, hessian
         return loss.to(phi.dtype), gradient.to(phi.dtype), hessian.to(phi.dtype)
 
+    def loss_and_gradient_many(self, phis: Tensor) -> tuple[Tensor, Tensor]:
+        """L and ∇L for each row of ``phis``."""
+        points = _readable(phis)
+        losses, gradients = torch.from_numpy(np.empty(len(points))), torch.from_numpy(np.empty(points.shape))
+        self._kernel.loss_and_gradient_many(points, gradients, losses)
+        return losses.to(phis.dtype), gradients.to(phis.dtype)
+
+    def loss_gradient_hessian_many(self, phis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """L, ∇L and H for each row of ``phis``."""
+        points = _readable(phis)
+        losses, gradients = torch.from_numpy(np.empty(len(points))), torch.from_numpy(np.empty(points.shape))
+        hessians = torch.from_numpy(np.empty((*points.shape, self._order)))
+        kernel = self._with_hessian()
+        if isinstance(kernel, type(self._kernel)):
+            kernel.loss_gradient_hessian_many(points, gradients, hessians, losses)
+        else:
+            for row in zip(points, gradients, hessians, losses, strict=True):
+                kernel.loss_gradient_hessian(*row)
+        return losses.to(phis.dtype), gradients.to(phis.dtype), hessians.to(phis.dtype)
+
     def residuals(self, phi: Tensor) -> Tensor:
         """r."""
         return torch.from_numpy(self._of_residuals().residuals(_readable(phi).numpy())).to(phi.dtype)
