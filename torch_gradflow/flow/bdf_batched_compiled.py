@@ -11,71 +11,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
 
 from torch_gradflow.flow.bdf_batched import PLAN, Arithmetic, Mask, Plain, Prediction, Runs, Step
+from torch_gradflow.flow.bdf_compiled import CHOLESKY_LIMIT, cholesky_solve, combine, compiled, correct, formula
 from torch_gradflow.flow.control import SAFETY
 from torch_gradflow.flow.dense import LONGEST
 from torch_gradflow.flow.method import Span
 from torch_gradflow.flow.multistep import HYSTERESIS, LOYALTY, MAX_GROWTH, MAX_ORDER, MAX_POINTS, MIN_GROWTH
 
-# The smallest number that a tolerated error may be.
-TINY = 2.2250738585072014e-308
-# Up to so many parameters the compiled factorisation is faster than LAPACK's with its calls.
-CHOLESKY_LIMIT = 64
 
-
-def _compiled(function: Any) -> Any:
-    return njit(cache=True, error_model="numpy")(function)
-
-
-@_compiled
+@compiled
 def _factor(error: float, order: int) -> float:
     return SAFETY * math.pow(max(error, 1e-8), -1 / (order + 1))
 
 
-@_compiled
-def _formula(run: Any, plan: Any, table: Any) -> None:
-    """The weights, see ``bdf_batched.formulas``, for one run."""
-    times, order = run.times, plan.order
-    count = min(order + 2, run.n_points)
-    since = times[0] - run.origin + run.unit
-    tau = math.log1p((plan.t - times[0]) / since)
-    speed = 1 / (plan.t - run.origin + run.unit) / tau
-    ages, reach, weights = np.empty(MAX_POINTS), np.empty(MAX_POINTS), np.zeros(MAX_POINTS)
-    for j in range(count):
-        ages[j] = math.log1p((times[0] - times[j]) / (times[j] - run.origin + run.unit)) / tau
-        reach[j] = 1.0 + ages[j]
-    total = 0.0
-    for j in range(count):
-        own = 1.0
-        for i in range(j):
-            weights[i] *= reach[j] / (ages[j] - ages[i])
-            own *= reach[i] / (ages[i] - ages[j])
-        weights[j] = own
-        if j == order - 1:
-            plan.a = total + 1 / reach[j]
-        if j <= order:
-            total += 1 / reach[j]
-        if j == order:
-            for i in range(count):
-                table[0, i] = weights[i]
-                table[1, i] = weights[i] * (total - 1 / reach[i]) * speed if i <= order else 0.0
-        elif j == order - 1 and order > 1:
-            table[2] = weights
-        elif j == order + 1:
-            table[3] = weights
-    plan.a *= speed
-    plan.tau = tau
-    plan.below = 1 / reach[order - 1] if order > 1 else 0.0
-    plan.own = 1 / reach[order]
-    plan.above = 1 / reach[order + 1] if count > order + 1 else 0.0
-
-
-@_compiled
+@compiled
 def _predict(numbers: Any, theta: Any, t_end: float, rtol: float, atol: float, plans: Any, rows: Any) -> None:
-    size = theta.shape[2]
     table = np.empty((4, MAX_POINTS))
     for r in range(len(numbers)):
         run, plan = numbers[r], plans[r]
@@ -85,26 +37,18 @@ def _predict(numbers: Any, theta: Any, t_end: float, rtol: float, atol: float, p
         plan.h = h
         plan.t = t_end if h == left else t + h
         plan.order = min(run.order, max(1, run.n_points - 1))
-        table[:] = 0.0
+        plan.tau = math.log1p((plan.t - t) / (t - run.origin + run.unit))
         if run.n_points == 1:
+            table[:] = 0.0
             table[0, 0], table[0, 1], table[1, 1] = 1.0, h, 1.0
             plan.a, plan.below, plan.own, plan.above = 1 / h, 0.0, 0.5, 0.0
-            plan.tau = math.log1p((plan.t - t) / (t - run.origin + run.unit))
         else:
-            _formula(run, plan, table)
-        for k in range(4):
-            for p in range(size):
-                rows[r, k, p] = 0.0
-            for i in range(MAX_POINTS):
-                w = table[k, i]
-                if w != 0.0:
-                    for p in range(size):
-                        rows[r, k, p] += w * theta[r, i, p]
-        for p in range(size):
-            rows[r, 4, p] = max(atol + rtol * max(abs(theta[r, 0, p]), abs(rows[r, 0, p])), TINY)
+            found = formula(run.times, run.n_points, plan.t, run.origin, run.unit, plan.order, table)
+            plan.a, plan.below, plan.own, plan.above = found
+        combine(table, theta[r], rtol, atol, rows[r])
 
 
-@_compiled
+@compiled
 def _accept(run: Any, plan: Any, after: Any, low: float, own: float, high: float) -> None:
     order, n_steps = plan.order, run.n_steps + 1
     factor, next_order = _factor(own, order), order
@@ -130,7 +74,7 @@ def _accept(run: Any, plan: Any, after: Any, low: float, own: float, high: float
     after.n_accepted += 1
 
 
-@_compiled
+@compiled
 def _reject(run: Any, plan: Any, after: Any, own: float, is_solved: bool) -> None:
     error = own if is_solved and own > 1 else math.inf
     shorter = 0.35 if math.isinf(error) else max(0.2, min(0.8, SAFETY * error ** (-1 / (run.order + 1))))
@@ -145,7 +89,7 @@ def _reject(run: Any, plan: Any, after: Any, own: float, is_solved: bool) -> Non
     after.n_rejected += 1
 
 
-@_compiled
+@compiled
 def _finish(
     numbers: Any,
     theta: Any,
@@ -161,27 +105,13 @@ def _finish(
     energy: Any,
     accepted: Any,
 ) -> None:
-    size = theta.shape[2]
     for r in range(len(numbers)):
         plan = plans[r]
-        low = own = high = change = rate = 0.0
-        for p in range(size):
-            d, scale = delta[r, p], 1 / rows[r, 4, p]
-            new = rows[r, 0, p] + d
-            own += (d * scale) ** 2
-            low += ((new - rows[r, 2, p]) * scale) ** 2
-            high += ((new - rows[r, 3, p]) * scale) ** 2
-            slope = -(rows[r, 1, p] + plan.a * d)
-            change += 0.5 * (gradient[r, p] + slope) * d
-            after_theta[r, 0, p] = new
-            slopes[r, p] = slope
-            rate += slope * slope
-        low, own, high = (
-            plan.below * math.sqrt(low / size),
-            plan.own * math.sqrt(own / size),
-            plan.above * math.sqrt(high / size),
-        )
-        energy[r, 0], energy[r, 1] = loss[r] + change, rate
+        low, own, high, change = correct(delta[r], gradient[r], plan.a, rows[r], after_theta[r, 0], slopes[r])
+        low, own, high = plan.below * low, plan.own * own, plan.above * high
+        energy[r, 0], energy[r, 1] = loss[r] + change, 0.0
+        for p in range(slopes.shape[1]):
+            energy[r, 1] += slopes[r, p] ** 2
         accepted[r] = solved[r] and own <= 1 and math.isfinite(energy[r, 0])
         if accepted[r]:
             after_theta[r, 1:] = theta[r, :-1]
@@ -191,38 +121,13 @@ def _finish(
             _reject(numbers[r], plan, after[r], own, solved[r])
 
 
-@_compiled
+@compiled
 def _solve(plans: Any, rows: Any, gradient: Any, hessian: Any, delta: Any, solved: Any) -> None:
     """The lower triangles of H become Cholesky factors of H + a, with inverse diagonals."""
-    size = gradient.shape[1]
     for r in range(len(plans)):
-        factor, x = hessian[r], delta[r]
-        solved[r] = True
-        for i in range(size):
-            for j in range(i):
-                s = factor[i, j]
-                for k in range(j):
-                    s -= factor[i, k] * factor[j, k]
-                factor[i, j] = s * factor[j, j]
-            s = factor[i, i] + plans[r].a
-            for k in range(i):
-                s -= factor[i, k] * factor[i, k]
-            if not s > 0.0:
-                solved[r] = False
-                break
-            factor[i, i] = 1 / math.sqrt(s)
+        solved[r] = cholesky_solve(hessian[r], plans[r].a, gradient[r], rows[r, 1], hessian[r], delta[r])
         if not solved[r]:
-            x[:] = 0.0
-            continue
-        for i in range(size):
-            s = -(gradient[r, i] + rows[r, 1, i])
-            for k in range(i):
-                s -= factor[i, k] * x[k]
-            x[i] = s * factor[i, i]
-        for i in range(size - 1, -1, -1):
-            x[i] *= factor[i, i]
-            for k in range(i):
-                x[k] -= factor[i, k] * x[i]
+            delta[r] = 0.0
 
 
 class Compiled(Arithmetic):
