@@ -69,7 +69,7 @@ class Problem:
     seeds: int
     starts: tuple[float, ...] = (0.0, 1e3, 1e5)
     work: float = 5_000.0
-    seconds: float = 10.0
+    seconds: float = 5.0
     few: frozenset[str] = frozenset()
 
 

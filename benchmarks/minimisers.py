@@ -8,7 +8,8 @@ linear algebra shows in the seconds only.
 
     python benchmarks/minimisers.py [--quick] [--problems T33 digits] [--methods auto newton] [--seeds 1 2] [--output FILE]
 
-Three quarters of an hour. With --problems and --output, these problems' results replace theirs in the file.
+Half an hour of an idle core; results are kept after each seed. With --problems or the like and --output, rows of that file are
+replaced and added to, and derivatives count what they are said there to cost.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ OURS = (
     "lbfgs",
 )
 QUICK = {"T33, r = 8": (1, 2), "T33, r = 3": (2, 5), "diabetes": (1,)}
-# On the first seeds only: methods that need tens of thousands of gradients or seconds, and starts other than the usual one.
+# On the first seeds only: methods that on T33 need tens of thousands of gradients, or seconds; and starts but the usual one.
 SLOW = frozenset(
     {
         "torch LBFGS",
@@ -52,11 +53,14 @@ SLOW = frozenset(
         "torchmin newton-exact",
         "torchmin trust-exact",
         "torchmin bfgs",
+        "trust-region-lanczos",
         "trust-region-cg",
+        "saddle-free",
+        "lbfgs",
         "scipy L-BFGS-B",
     }
 )
-FIRST_OF_SLOW, FIRST_OF_STARTS, USUAL_START = 1, 3, 1e3
+FIRST_OF_SLOW, FIRST_OF_STARTS, USUAL_START = 1, 2, 1e3
 # Iterations beyond the goal, for the loss that can be reached.
 AFTERWARDS = 200
 # "Never more than this times the best peer."
@@ -73,6 +77,7 @@ class Row:
         counts: Evaluations: "gradient", "hvp", "hessian", "jacobian".
         work: The same in gradients, by measured costs.
         seconds: Of the processor.
+        commit: Of the code that ran.
         kind: Of the end, by the certificate, for "auto".
         last_loss: Of "auto" where it goes on until rounding ends it, or a few more iterations.
     """
@@ -89,8 +94,14 @@ class Row:
     seconds: float
     status: str
     choices: list[tuple[int, str]]
+    commit: str | None
     kind: str = ""
     last_loss: float = math.nan
+
+    @property
+    def key(self) -> tuple[str, int, float, str]:
+        """What was run."""
+        return self.problem, self.seed, self.start, self.method
 
     @property
     def reached(self) -> bool:
@@ -149,6 +160,7 @@ def run(problem: Problem, seed: int, start: Start, method: str, made: Setting, c
         meter.seconds(),
         found.status,
         found.choices,
+        commit(),
     )
     if method == "auto":
         if row.reached:
@@ -175,11 +187,13 @@ class Start:
         return cls(time, flow.theta[-1], flow.n_hessian)
 
 
-def compare(problem: Problem, seed: int, methods: Sequence[str]) -> tuple[list[Row], dict[str, Any]]:
-    """All methods from all starts, and what the derivatives cost."""
+def compare(problem: Problem, seed: int, methods: Sequence[str], known: dict[str, dict[str, float]]) -> list[Row]:
+    """All methods from all starts; what derivatives cost is taken from ``known``, or measured and put there."""
     made = problem.make(seed)
-    costs = costs_of(made)
-    print(f"\n{problem.name}, seed {seed}: P = {made.objective.n_parameters}; " + costs_line(costs), flush=True)
+    name = f"{problem.name}, seed {seed}"
+    measured = costs_of(made)
+    costs = known.setdefault(name, measured)
+    print(f"\n{name}: P = {made.objective.n_parameters}; " + costs_line(costs), flush=True)
     left_out = set(problem.few)
     if seed > FIRST_OF_SLOW:
         left_out |= SLOW
@@ -192,7 +206,7 @@ def compare(problem: Problem, seed: int, methods: Sequence[str]) -> tuple[list[R
             if method not in left_out:
                 rows.append(run(problem, seed, start, method, made, costs))
                 show(rows[-1])
-    return rows, {"problem": problem.name, "seed": seed, "costs": costs}
+    return rows
 
 
 def costs_line(costs: dict[str, float]) -> str:
@@ -304,22 +318,21 @@ def chosen(arguments: argparse.Namespace) -> Iterable[tuple[Problem, int]]:
                 yield replace(problem, work=limit), seed
 
 
-def kept(file: File, without: Sequence[str]) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Rows and costs that a file holds of other problems than these."""
+def kept(file: File) -> tuple[list[Row], dict[str, dict[str, float]]]:
+    """The rows of a file, and what derivatives cost."""
     if not file.exists():
-        return [], []
+        return [], {}
     found = json.loads(file.read_text())
     rows = [{name: math.nan if value is None else value for name, value in row.items()} for row in found["rows"]]
-    told = found["problems"]
-    return [Row(**row) for row in rows if row["problem"] not in without], [t for t in told if t["problem"] not in without]
+    return [Row(**row) for row in rows], found["costs"]
 
 
-def keep(file: File, rows: Sequence[Row], told: Sequence[dict[str, Any]], **more: Any) -> None:
+def keep(file: File, rows: Sequence[Row], costs: dict[str, dict[str, float]], **more: Any) -> None:
     """Write what is known so far."""
     written = {
         "environment": environment(PACKAGES, 1, **more),
         "summary": [line for line in summary(rows) if line],
-        "problems": told,
+        "costs": costs,
         "rows": [asdict(row) for row in rows],
     }
     file.parent.mkdir(exist_ok=True)
@@ -327,7 +340,7 @@ def keep(file: File, rows: Sequence[Row], told: Sequence[dict[str, Any]], **more
 
 
 def main() -> None:
-    """Measure, print and keep the results, after each problem, so that a run that is cut short leaves something."""
+    """Measure, print and keep the results."""
     arguments = parsed()
     settle(1)
     torch.set_num_threads(1)
@@ -335,15 +348,15 @@ def main() -> None:
         print(f"{name} is left out: {why}")
     everything = (*OURS, *ADAPTED, *PEERS)
     methods = [name for name in everything if not arguments.methods or name in arguments.methods]
+    partial = arguments.problems or arguments.methods or arguments.seeds or arguments.work
+    rows, costs = kept(arguments.output) if arguments.output and partial else ([], {})
+    found = {row.key: row for row in rows}
     asked = list(chosen(arguments))
-    rows, told = kept(arguments.output, [p.name for p, _ in asked]) if arguments.problems and arguments.output else ([], [])
     for i, (problem, seed) in enumerate(asked):
-        found, costs = compare(problem, seed, methods)
-        rows += found
-        told.append(costs | {"commit": commit()})
+        found |= {row.key: row for row in compare(problem, seed, methods, costs)}
         if arguments.output:
-            keep(arguments.output, rows, told, complete=i == len(asked) - 1, quick=arguments.quick)
-    print("\n".join(summary(rows)))
+            keep(arguments.output, list(found.values()), costs, left=len(asked) - 1 - i, quick=arguments.quick)
+    print("\n".join(summary(list(found.values()))))
     if arguments.output:
         print(f"Results in {arguments.output}")
 
