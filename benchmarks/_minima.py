@@ -167,6 +167,7 @@ class Found:
         grad_norm: ‖∇L‖ there, in the infinity norm.
         status: Why it ended.
         choices: What "auto" chose, and when.
+        kind: Of the end, if there is a certificate.
     """
 
     theta: Tensor
@@ -174,6 +175,7 @@ class Found:
     grad_norm: float
     status: str
     choices: list[tuple[int, str]]
+    kind: str = ""
 
 
 class Meter:
@@ -189,6 +191,7 @@ class Meter:
     def __init__(self, objective: Objective, costs: dict[str, float], work: float, seconds: float) -> None:
         self._objective, self._costs, self._work, self._seconds = objective, costs, work, seconds
         self._before, self._began = self._now(), time.process_time()
+        self._end: tuple[dict[str, int], float] | None = None
 
     def _now(self) -> dict[str, int]:
         counts = self._objective.counts
@@ -196,7 +199,8 @@ class Meter:
 
     def counts(self) -> dict[str, int]:
         """Evaluations."""
-        return {name: n - self._before[name] for name, n in self._now().items()}
+        now = self._now() if self._end is None else self._end[0]
+        return {name: n - self._before[name] for name, n in now.items()}
 
     def work(self) -> float:
         """The same in gradients."""
@@ -204,11 +208,15 @@ class Meter:
 
     def seconds(self) -> float:
         """Of the processor."""
-        return time.process_time() - self._began
+        return (time.process_time() if self._end is None else self._end[1]) - self._began
+
+    def stop(self) -> None:
+        """What comes now counts no more."""
+        self._end = self._end or (self._now(), time.process_time())
 
     def is_over(self) -> bool:
         """Whether a limit is reached."""
-        return self.work() >= self._work or self.seconds() >= self._seconds
+        return self._end is None and (self.work() >= self._work or self.seconds() >= self._seconds)
 
 
 class EnoughError(Exception):

@@ -78,7 +78,7 @@ class Row:
         work: The same in gradients, by measured costs.
         seconds: Of the processor.
         commit: Of the code that ran.
-        kind: Of the end, by the certificate, for "auto".
+        kind: Of the end, by the certificate, for "auto", which goes on for it if need be; this is not counted.
         last_loss: Of "auto" where it goes on until rounding ends it, or a few more iterations.
     """
 
@@ -110,13 +110,17 @@ class Row:
 
 
 def ours(method: str, made: Setting, theta: Tensor, meter: Meter) -> Found:
-    """One of our methods, or one of scipy's or NLopt's through our adapter, within its limit."""
+    """One of our methods, or one of scipy's or NLopt's through our adapter, within its limit; "auto" up to its certificate."""
 
     def watch(report: Any) -> None:
-        if meter.is_over():
+        if report.grad_norm <= GTOL:
+            meter.stop()
+        elif meter.is_over():
             raise KeyboardInterrupt
 
-    run = MinimizeRun(made.objective, theta, method=method, gtol=GTOL, max_iter=10**6, certificate=False, progress=watch)
+    run = MinimizeRun(
+        made.objective, theta, method=method, gtol=GTOL, max_iter=10**6, certificate=method == "auto", progress=watch
+    )
     status = ""
     try:
         run.run()
@@ -124,7 +128,8 @@ def ours(method: str, made: Setting, theta: Tensor, meter: Meter) -> Found:
         status = f"{type(error).__name__}: {error}"[:100]
     result = run.result()
     choices = [(choice.n_iter, choice.method) for choice in result.choices]
-    return Found(result.theta, result.loss, result.grad_norm, status or result.status, choices)
+    kind = "" if result.certificate is None else result.certificate.end
+    return Found(result.theta, result.loss, result.grad_norm, status or result.status, choices, kind)
 
 
 def costs_of(made: Setting) -> dict[str, float]:
@@ -143,7 +148,7 @@ def costs_of(made: Setting) -> dict[str, float]:
 
 
 def run(problem: Problem, seed: int, start: Start, method: str, made: Setting, costs: dict[str, float]) -> Row:
-    """One method from one start; where "auto" arrives, with a certificate, and the loss at which rounding ends it."""
+    """One method from one start; where "auto" arrives, also the loss at which rounding ends it."""
     meter = Meter(made.objective, costs, problem.work, problem.seconds)
     peer = PEERS.get(method)
     found = ours(ADAPTED.get(method, method), made, start.theta, meter) if peer is None else peer(made, start.theta, meter)
@@ -165,7 +170,7 @@ def run(problem: Problem, seed: int, start: Start, method: str, made: Setting, c
     if method == "auto":
         if row.reached:
             row.last_loss = minimize(made.objective, found.theta, gtol=0.0, max_iter=AFTERWARDS, certificate=False).loss
-        row.kind = certify(made.objective, found.theta, gtol=GTOL).end
+        row.kind = found.kind or certify(made.objective, found.theta, gtol=GTOL).end
     return row
 
 
@@ -182,8 +187,7 @@ class Start:
         """The end of the gradient flow from θ0."""
         if time == 0:
             return cls(time, made.theta0, 0)
-        method = "bdf" if made.objective.n_parameters <= 300 else "bdf-cg"
-        flow = integrate(made.objective, made.theta0, (0.0, time), method=method, rtol=1e-5)
+        flow = integrate(made.objective, made.theta0, (0.0, time), method="bdf", rtol=1e-5)
         return cls(time, flow.theta[-1], flow.n_hessian)
 
 

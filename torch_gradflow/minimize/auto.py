@@ -27,6 +27,8 @@ MAX_JACOBIAN = 3000
 # Trial steps over which Newton's progress is judged: the shorter one where the loss tends to zero, however slowly. (Where it
 # does not, other methods cost as much as several hundred of Newton's steps.)
 PATIENCE, LONG_PATIENCE = 60, 300
+# The same for Newton's method on Krylov spaces where Levenberg–Marquardt, whose steps are dearer, may follow.
+PATIENCE_OF_KRYLOV = 20
 # The same for Levenberg–Marquardt, and the share of the loss that must be gone by then.
 PATIENCE_OF_RESIDUALS, FALL_OF_RESIDUALS = 100, 0.1
 # The flow along a valley: how far, how accurately (a looser tolerance takes more steps there, not fewer), at what cost, and to
@@ -65,6 +67,12 @@ def newton_crawls(history: History) -> bool:
     return loss > 0.1 and norm > 0.1
 
 
+def krylov_crawls(history: History) -> bool:
+    """Whether neither loss nor gradient norm fell to a tenth."""
+    loss, norm = shares(history, PATIENCE_OF_KRYLOV)
+    return loss > 0.1 and norm > 0.1
+
+
 def residual_crawls(history: History) -> bool:
     """Whether the loss hardly fell, nor the gradient norm to a tenth."""
     loss, norm = shares(history, PATIENCE_OF_RESIDUALS)
@@ -97,7 +105,7 @@ class Auto(Minimiser):
             newton = Stage(TrustRegionNewton(), "dense Hessians are cheap here", newton_crawls)
         else:
             why = f"dense Hessians of {objective.n_parameters:,} parameters are too slow or too large"
-            newton = Stage(TrustRegionLanczos(), why, newton_crawls)
+            newton = Stage(TrustRegionLanczos(), why, krylov_crawls)
         stages = [newton]
         if objective.has_residuals and objective.n_parameters <= MAX_JACOBIAN and fits(DENSE_MATRICES, objective):
             why = "Newton's steps became short, and the loss is a sum of squares"
