@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -63,8 +64,11 @@ def newton_crawls(history: History) -> bool:
     loss, norm = shares(history, PATIENCE)
     if 0.1 < loss < 2 / 3 and norm > 0.1:
         return True
-    loss, norm = shares(history, LONG_PATIENCE)
-    return loss > 0.1 and norm > 0.1
+    if len(history) <= LONG_PATIENCE:
+        return False
+    # In a valley the gradient norm goes up and down by a factor of ten and more from step to step.
+    norms, some = [norm for _, norm in history], LONG_PATIENCE // 10
+    return shares(history, LONG_PATIENCE)[0] > 0.1 and min(norms[-some:]) > 0.1 * statistics.median(norms[:some])
 
 
 def krylov_crawls(history: History) -> bool:

@@ -14,9 +14,8 @@ from torch_gradflow.minimize.method import Iterate, Minimiser, Need
 from torch_gradflow.minimize.trust_region import TrustRegionNewton, eigendecomposition, solve_subproblem
 from torch_gradflow.objectives.base import DerivativeError, Objective
 
-# Parameters up to which singular values are worth what they cost; beyond, they are taken where the eigenvalues of JᵀJ do not
-# tell what to do about this share of the gradient.
-MAX_SVD, HIDDEN = 300, 0.1
+# Parameters up to which singular values are worth what they cost from the beginning.
+MAX_SVD = 300
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ class LevenbergMarquardt(Minimiser):
     computed from the singular values of J's triangular factor, not from JᵀJ, in which those below the square root of
     rounding are lost. So it also serves where the Hessian is singular at a minimum of zero loss, as with students that have
     more neurons than their teacher, where Newton's method crawls. (Of more than ``MAX_SVD`` parameters the eigenvalues of JᵀJ
-    are taken as long as they serve: with 1153 that takes 0.4 s instead of 1 s, beside 0.2 s for the factor.)
+    are taken as long as μ exceeds that rounding: with 1153, in 0.4 s instead of 1 s, beside 0.2 s for the factor.)
 
     In narrow curved valleys v leaves the valley's floor. With e(p) = r(θ + p) − r − Jp, what the linear model misses, the
     step is therefore corrected by p ← v − (JᵀJ + μ)⁻¹ Jᵀ e(p), at whose fixed point Jᵀr(θ + p) + μp = 0. To second order the
@@ -78,13 +77,16 @@ class LevenbergMarquardt(Minimiser):
         """
         point = Point(theta, loss, gradient)
         radius = 0.1 * (1.0 + float(theta.norm()))
-        linear = linearised(objective, theta)
+        linear = linearised(objective, theta, exact=objective.n_parameters <= MAX_SVD)
         if linear is None:
             raise DerivativeError("the Jacobian of the residuals is not finite at this point: start where the loss is smooth.")
         rejections = 0
         history = [point]
         while True:
             base, predicted, damping = linear.damped_step(radius)
+            if damping < linear.rounding:
+                linear = linearised(objective, point.theta, exact=True) or linear
+                base, predicted, damping = linear.damped_step(radius)
             length = float(base.norm())
             step = self._corrected(objective, linear, base, damping)
             if step is None:
@@ -95,7 +97,9 @@ class LevenbergMarquardt(Minimiser):
                 whole = length < 0.99 * radius
                 judgement = judge(point, trial, predicted, objective.resolution, newton=whole)
                 accepted, rounding = judgement.accepted, judgement.rounding
-                following = linearised(objective, there) if accepted and bool((trial.gradient != 0).any()) else linear
+                following: Linearised | None = linear
+                if accepted and bool((trial.gradient != 0).any()):
+                    following = linearised(objective, there, exact=linear.rounding == 0)
                 accepted = accepted and following is not None
                 radius = self._next_radius(radius, length, judgement, accepted)
                 if accepted and following is not None:
@@ -153,6 +157,7 @@ class Linearised:
         squares: S², of the singular values that are not zero, ascending, shape ``(k,)``.
         vectors: V, shape ``(P, k)``.
         slopes: Vᵀ Jᵀ r, shape ``(k,)``.
+        rounding: Smaller squares are lost; 0 where none are.
     """
 
     theta: Tensor
@@ -160,6 +165,7 @@ class Linearised:
     squares: Tensor
     vectors: Tensor
     slopes: Tensor
+    rounding: float
 
     def damped_step(self, radius: float) -> tuple[Tensor, float, float]:
         """The minimiser p of ½‖r + Jp‖² within ‖p‖ ≤ ``radius``, the reduction by it, and μ with (JᵀJ + μ) p = −Jᵀr."""
@@ -181,32 +187,30 @@ class Linearised:
         return objective.pull_back(self.theta, change) - self.vectors @ (self.squares * (self.vectors.T @ step))
 
 
-def linearised(objective: Objective, theta: Tensor) -> Linearised | None:
-    """The residuals at θ to first order; None where they are not finite."""
+def linearised(objective: Objective, theta: Tensor, *, exact: bool) -> Linearised | None:
+    """The residuals at θ to first order; None where they are not finite.
+
+    Args:
+        objective: L.
+        theta: θ, shape ``(P,)``.
+        exact: Whether from the singular values of J's triangular factor, or else from the eigenvalues of JᵀJ.
+    """
     found = objective.least_squares(theta)
-    if not bool(torch.isfinite(found.factor).all()) or not bool(torch.isfinite(found.projection).all()):
+    factor, projection = found.factor, found.projection
+    if not bool(torch.isfinite(factor).all()) or not bool(torch.isfinite(projection).all()):
         return None
-    parts = of_gram(found.factor, found.projection) if objective.n_parameters > MAX_SVD else None
-    squares, vectors, slopes = of_svd(found.factor, found.projection) if parts is None else parts
-    return Linearised(theta, objective.residuals(theta), squares, vectors, slopes)
-
-
-def of_svd(factor: Tensor, projection: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """S², V and Vᵀ Rᵀ q, where R = U S Vᵀ is J's triangular factor and q = Qᵀ r."""
-    u, values, vt = torch.linalg.svd(factor, full_matrices=False)
-    n = int((values > 0).sum())
-    slopes = values[:n] * (u.T @ projection)[:n]
-    return values[:n].flip(0) ** 2, vt[:n].flip(0).T, slopes.flip(0)
-
-
-def of_gram(factor: Tensor, projection: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The same from RᵀR, without the directions that its rounding hides; None where the gradient has a part along these."""
-    squares, vectors = torch.linalg.eigh(factor.T @ factor)
-    kept = squares > len(squares) * torch.finfo(squares.dtype).eps * squares[-1]
-    vectors, gradient = vectors[:, kept], factor.T @ projection
-    slopes = vectors.T @ gradient
-    hidden = float((gradient - vectors @ slopes).norm())
-    return None if hidden > HIDDEN * float(gradient.norm()) else (squares[kept], vectors, slopes)
+    if exact:
+        u, values, vt = torch.linalg.svd(factor, full_matrices=False)
+        rounding, n = 0.0, int((values > 0).sum())
+        squares, vectors = values[:n].flip(0) ** 2, vt[:n].flip(0).T
+        slopes = (values[:n] * (u.T @ projection)[:n]).flip(0)
+    else:
+        squares, vectors = torch.linalg.eigh(factor.T @ factor)
+        rounding = len(squares) * torch.finfo(squares.dtype).eps * float(squares[-1])
+        kept = squares > rounding
+        squares, vectors = squares[kept], vectors[:, kept]
+        slopes = vectors.T @ (factor.T @ projection)
+    return Linearised(theta, objective.residuals(theta), squares, vectors, slopes, rounding)
 
 
 def newton_is_faster(objective: Objective, point: Point) -> bool:
