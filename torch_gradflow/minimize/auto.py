@@ -28,6 +28,8 @@ MAX_JACOBIAN = 3000
 # Trial steps over which Newton's progress is judged: the shorter one where the loss tends to zero, however slowly. (Where it
 # does not, other methods cost as much as several hundred of Newton's steps.)
 PATIENCE, LONG_PATIENCE = 60, 300
+# Gradient norms at the beginning and at the end of the longer one that are compared.
+SOME_NORMS = 30
 # The same for Newton's method on Krylov spaces where Levenberg–Marquardt, whose steps are dearer, may follow.
 PATIENCE_OF_KRYLOV = 20
 # The same for Levenberg–Marquardt, and the share of the loss that must be gone by then.
@@ -67,8 +69,9 @@ def newton_crawls(history: History) -> bool:
     if len(history) <= LONG_PATIENCE:
         return False
     # In a valley the gradient norm goes up and down by a factor of ten and more from step to step.
-    norms, some = [norm for _, norm in history], LONG_PATIENCE // 10
-    return shares(history, LONG_PATIENCE)[0] > 0.1 and min(norms[-some:]) > 0.1 * statistics.median(norms[:some])
+    norms = [norm for _, norm in history]
+    falls = min(norms[-SOME_NORMS:]) <= 0.1 * statistics.median(norms[:SOME_NORMS])
+    return shares(history, LONG_PATIENCE)[0] > 0.1 and not falls
 
 
 def krylov_crawls(history: History) -> bool:
