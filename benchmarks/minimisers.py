@@ -62,8 +62,8 @@ SLOW = frozenset(
     }
 )
 FIRST_OF_SLOW, FIRST_OF_STARTS, USUAL_START = 1, 2, 1e3
-# Iterations beyond the goal, for the loss that can be reached.
-AFTERWARDS = 200
+# Iterations beyond the goal, for the loss that can be reached, where they are cheap: up to so many parameters.
+AFTERWARDS, FEW_PARAMETERS = 200, 200
 # "Never more than this times the best peer."
 WORST = 1.5
 
@@ -119,9 +119,8 @@ def ours(method: str, made: Setting, theta: Tensor, meter: Meter) -> Found:
         elif meter.is_over():
             raise KeyboardInterrupt
 
-    run = MinimizeRun(
-        made.objective, theta, method=method, gtol=GTOL, max_iter=10**6, certificate=method == "auto", progress=watch
-    )
+    goes_on = method == "auto" and made.objective.n_parameters <= FEW_PARAMETERS
+    run = MinimizeRun(made.objective, theta, method=method, gtol=GTOL, max_iter=10**6, certificate=goes_on, progress=watch)
     status = ""
     try:
         run.run()
@@ -180,7 +179,7 @@ def run(problem: Problem, seed: int, start: Start, method: str, made: Setting, c
         commit(),
     )
     if method == "auto":
-        if row.reached:
+        if row.reached and made.objective.n_parameters <= FEW_PARAMETERS:
             row.last_loss = minimize(made.objective, found.theta, gtol=0.0, max_iter=AFTERWARDS, certificate=False).loss
         row.kind = found.kind or certify(made.objective, found.theta, gtol=GTOL).end
     return row
