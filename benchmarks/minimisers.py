@@ -8,7 +8,7 @@ linear algebra shows in the seconds only.
 
     python benchmarks/minimisers.py [--quick] [--problems T33 digits] [--methods auto newton] [--seeds 1 2] [--output FILE]
 
-Half an hour of an idle core; results are kept after each seed. With --problems or the like and --output, rows of that file are
+Half an hour of an idle core; results are kept after each run. With --problems or the like and --output, rows of that file are
 replaced and added to, and derivatives count what they are said there to cost.
 """
 
@@ -19,7 +19,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path as File
 from typing import Any
@@ -202,7 +202,7 @@ class Start:
         return cls(time, flow.theta[-1], flow.n_hessian)
 
 
-def compare(problem: Problem, seed: int, methods: Sequence[str], known: dict[str, dict[str, float]]) -> list[Row]:
+def compare(problem: Problem, seed: int, methods: Sequence[str], known: dict[str, dict[str, float]]) -> Iterator[Row]:
     """All methods from all starts; what derivatives cost is taken from ``known``, or measured and put there."""
     made = problem.make(seed)
     name = f"{problem.name}, seed {seed}"
@@ -214,14 +214,13 @@ def compare(problem: Problem, seed: int, methods: Sequence[str], known: dict[str
         left_out |= SLOW
     if not made.objective.has_residuals:
         left_out |= {"levenberg-marquardt", "scipy least_squares"}
-    rows = []
     for flow_time in problem.starts if seed <= FIRST_OF_STARTS else (USUAL_START,):
         start = Start.after(flow_time, made)
         for method in methods:
             if method not in left_out:
-                rows.append(run(problem, seed, start, method, made, costs))
-                show(rows[-1])
-    return rows
+                row = run(problem, seed, start, method, made, costs)
+                show(row)
+                yield row
 
 
 def costs_line(costs: dict[str, float]) -> str:
@@ -366,11 +365,13 @@ def main() -> None:
     partial = arguments.problems or arguments.methods or arguments.seeds or arguments.work
     rows, costs = kept(arguments.output) if arguments.output and partial else ([], {})
     found = {row.key: row for row in rows}
-    asked = list(chosen(arguments))
-    for i, (problem, seed) in enumerate(asked):
-        found |= {row.key: row for row in compare(problem, seed, methods, costs)}
-        if arguments.output:
-            keep(arguments.output, list(found.values()), costs, left=len(asked) - 1 - i, quick=arguments.quick)
+    for problem, seed in chosen(arguments):
+        for row in compare(problem, seed, methods, costs):
+            found[row.key] = row
+            if arguments.output:
+                keep(arguments.output, list(found.values()), costs, complete=False, quick=arguments.quick)
+    if arguments.output:
+        keep(arguments.output, list(found.values()), costs, complete=True, quick=arguments.quick)
     print("\n".join(summary(list(found.values()))))
     if arguments.output:
         print(f"Results in {arguments.output}")

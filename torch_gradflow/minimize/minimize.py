@@ -26,8 +26,8 @@ from torch_gradflow.objectives.base import Objective, check_start
 DEFAULT_MAX_ITER = 2000
 # Methods without second derivatives take more and cheaper steps.
 DEFAULT_MAX_ITER_OF_GRADIENTS = 20_000
-# Iterations by which a loss of zero is looked for where the certificate is undecided, though no more than there were before; and
-# how often.
+# Iterations by which a loss of zero is looked for where the certificate is undecided, no more than there were before; and how
+# often that is.
 SETTLING, SETTLED_EVERY = 300, 10
 
 
