@@ -31,7 +31,7 @@ PATIENCE, LONG_PATIENCE = 60, 300
 # Gradient norms at the beginning and at the end of the longer one that are compared.
 SOME_NORMS = 30
 # The same for Newton's method on Krylov spaces where Levenberg–Marquardt, whose steps are dearer, may follow. (With 1153
-# parameters and zero loss, 1219 products and then 75 Jacobians take the gradient to 1e-13, products alone to 3e-4.)
+# parameters and zero loss, 1219 products and then 75 Jacobians take the gradient to 1e-13; 15 470 products alone, to 8e-4.)
 PATIENCE_OF_KRYLOV = 20
 # The same for Levenberg–Marquardt, and the share of the loss that must be gone by then.
 PATIENCE_OF_RESIDUALS, FALL_OF_RESIDUALS = 100, 0.1
