@@ -8,7 +8,7 @@ linear algebra shows in the seconds only.
 
     python benchmarks/minimisers.py [--quick] [--problems T33 digits] [--methods auto newton] [--seeds 1 2] [--output FILE]
 
-Half an hour of an idle core; results are kept after each run. With --problems or the like and --output, rows of that file are
+Forty minutes of an idle core; results are kept after each run. With --problems or the like and --output, rows of that file are
 replaced and added to, and derivatives count what they are said there to cost.
 """
 
