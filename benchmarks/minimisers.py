@@ -1,11 +1,15 @@
 """Minimisers side by side: ours and others on the same objective, from the same starts, to a gradient of 1e-13.
 
-Starts are θ0 and the ends of gradient flows to t = 1e3 and 1e5. A run ends when the gradient norm is at most 1e-13, when the
-method gives up, or when it has spent what it may; the best point that it saw counts. Work is counted in gradients: each
-Hessian, Hessian–vector product and Jacobian counts what it costs, measured in the same run. A Jacobian of a peer counts as
-much as one of ours, which includes its triangular factor. Other linear algebra shows in the seconds only.
+Starts are the ends of gradient flows to t = 1e3 and, on the first seeds, θ0 and t = 1e5. A run ends when the gradient norm is
+at most 1e-13, when the method gives up, or when it has spent what it may, in gradients or seconds of the processor; the best
+point that it saw counts. Work is counted in gradients: each Hessian, Hessian–vector product and Jacobian counts what it costs,
+measured in the same run. A Jacobian of a peer counts as much as one of ours, which includes its triangular factor. Other
+linear algebra shows in the seconds only.
 
     python benchmarks/minimisers.py [--quick] [--problems T33 digits] [--methods auto newton] [--seeds 1 2] [--output FILE]
+
+Forty minutes of an idle core; results are kept after each run. With --problems or the like and --output, rows of that file are
+replaced and added to, and derivatives count what they are said there to cost.
 """
 
 from __future__ import annotations
@@ -15,15 +19,15 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path as File
 from typing import Any
 
 import torch
-from _environment import environment, settle
+from _environment import commit, environment, settle
 from _minima import ADAPTED, GTOL, MISSING, PACKAGES, PEERS, PROBLEMS, Found, Meter, Problem, Setting
-from integrators import median_seconds, without_nan
+from integrators import without_nan
 from torch import Tensor
 
 from torch_gradflow import certify, integrate, minimize
@@ -42,21 +46,24 @@ OURS = (
     "lbfgs",
 )
 QUICK = {"T33, r = 8": (1, 2), "T33, r = 3": (2, 5), "diabetes": (1,)}
-# Run on the first seeds only.
-SLOW, FIRST = (
-    (
+# On the first seeds only: methods that on T33 need tens of thousands of gradients, or seconds; and starts but the usual one.
+SLOW = frozenset(
+    {
         "torch LBFGS",
         "Adam",
         "torchmin newton-exact",
         "torchmin trust-exact",
         "torchmin bfgs",
+        "trust-region-lanczos",
         "trust-region-cg",
+        "saddle-free",
+        "lbfgs",
         "scipy L-BFGS-B",
-    ),
-    2,
+    }
 )
-# Iterations beyond the goal, for the loss that can be reached.
-AFTERWARDS = 200
+FIRST_OF_SLOW, FIRST_OF_STARTS, USUAL_START = 1, 2, 1e3
+# Iterations beyond the goal, for the loss that can be reached, where they are cheap: up to so many parameters.
+AFTERWARDS, FEW_PARAMETERS = 200, 200
 # "Never more than this times the best peer."
 WORST = 1.5
 
@@ -67,9 +74,12 @@ class Row:
 
     Attributes:
         start: Flow time of the start.
+        flow: Hessians that the flow to the start took.
         counts: Evaluations: "gradient", "hvp", "hessian", "jacobian".
         work: The same in gradients, by measured costs.
-        kind: Of the end, by the certificate, for "auto".
+        seconds: Of the processor.
+        commit: Of the code that ran.
+        kind: Of the end, by the certificate, for "auto", which goes on for it if need be; this is not counted.
         last_loss: Of "auto" where it goes on until rounding ends it, or a few more iterations.
     """
 
@@ -77,6 +87,7 @@ class Row:
     seed: int
     start: float
     method: str
+    flow: int
     loss: float
     grad_norm: float
     counts: dict[str, int]
@@ -84,8 +95,14 @@ class Row:
     seconds: float
     status: str
     choices: list[tuple[int, str]]
+    commit: str | None
     kind: str = ""
     last_loss: float = math.nan
+
+    @property
+    def key(self) -> tuple[str, int, float, str]:
+        """What was run."""
+        return self.problem, self.seed, self.start, self.method
 
     @property
     def reached(self) -> bool:
@@ -94,13 +111,16 @@ class Row:
 
 
 def ours(method: str, made: Setting, theta: Tensor, meter: Meter) -> Found:
-    """One of our methods, or one of scipy's or NLopt's through our adapter, within its limit."""
+    """One of our methods, or one of scipy's or NLopt's through our adapter, within its limit; "auto" up to its certificate."""
 
     def watch(report: Any) -> None:
-        if meter.is_over():
+        if report.grad_norm <= GTOL:
+            meter.stop()
+        elif meter.is_over():
             raise KeyboardInterrupt
 
-    run = MinimizeRun(made.objective, theta, method=method, gtol=GTOL, max_iter=10**6, certificate=False, progress=watch)
+    goes_on = method == "auto" and made.objective.n_parameters <= FEW_PARAMETERS
+    run = MinimizeRun(made.objective, theta, method=method, gtol=GTOL, max_iter=10**6, certificate=goes_on, progress=watch)
     status = ""
     try:
         run.run()
@@ -108,11 +128,23 @@ def ours(method: str, made: Setting, theta: Tensor, meter: Meter) -> Found:
         status = f"{type(error).__name__}: {error}"[:100]
     result = run.result()
     choices = [(choice.n_iter, choice.method) for choice in result.choices]
-    return Found(result.theta, result.loss, result.grad_norm, status or result.status, choices)
+    kind = "" if result.certificate is None else result.certificate.end
+    return Found(result.theta, result.loss, result.grad_norm, status or result.status, choices, kind)
+
+
+def median_seconds(call: Callable[[], Any], seconds: float = 0.3) -> float:
+    """Of the processor, which others that work beside it do not stretch."""
+    call()  # what is compiled at first use is compiled
+    taken: list[float] = []
+    while len(taken) < 3 or (sum(taken) < seconds and len(taken) < 200):
+        began = time.process_time()
+        call()
+        taken.append(time.process_time() - began)
+    return statistics.median(taken)
 
 
 def costs_of(made: Setting) -> dict[str, float]:
-    """Median seconds per call."""
+    """Seconds per call."""
     objective, theta = made.objective, made.theta0
     vector = torch.randn(len(theta), dtype=theta.dtype, generator=torch.Generator().manual_seed(0))
     costs = {
@@ -126,57 +158,69 @@ def costs_of(made: Setting) -> dict[str, float]:
     return costs
 
 
-def run(problem: Problem, seed: int, start: float, method: str, made: Setting, theta: Tensor, costs: dict[str, float]) -> Row:
-    """One method from one start; where "auto" arrives, with a certificate, and the loss at which rounding ends it."""
-    meter, began = Meter(made.objective, costs, problem.work), time.perf_counter()
+def run(problem: Problem, seed: int, start: Start, method: str, made: Setting, costs: dict[str, float]) -> Row:
+    """One method from one start; where "auto" arrives, also the loss at which rounding ends it."""
+    meter = Meter(made.objective, costs, problem.work, problem.seconds)
     peer = PEERS.get(method)
-    found = ours(ADAPTED.get(method, method), made, theta, meter) if peer is None else peer(made, theta, meter)
-    seconds = time.perf_counter() - began
+    found = ours(ADAPTED.get(method, method), made, start.theta, meter) if peer is None else peer(made, start.theta, meter)
     row = Row(
         problem.name,
         seed,
-        start,
+        start.time,
         method,
+        start.n_hessian,
         found.loss,
         found.grad_norm,
         meter.counts(),
         meter.work(),
-        seconds,
+        meter.seconds(),
         found.status,
         found.choices,
+        commit(),
     )
     if method == "auto":
-        if row.reached:
+        if row.reached and made.objective.n_parameters <= FEW_PARAMETERS:
             row.last_loss = minimize(made.objective, found.theta, gtol=0.0, max_iter=AFTERWARDS, certificate=False).loss
-        row.kind = certify(made.objective, found.theta, gtol=GTOL).end
+        row.kind = found.kind or certify(made.objective, found.theta, gtol=GTOL).end
     return row
 
 
-def compare(problem: Problem, seed: int, methods: Sequence[str]) -> tuple[list[Row], dict[str, Any]]:
-    """All methods from all starts."""
+@dataclass(frozen=True)
+class Start:
+    """Where a flow to a time came, and the Hessians that it took."""
+
+    time: float
+    theta: Tensor
+    n_hessian: int
+
+    @classmethod
+    def after(cls, time: float, made: Setting) -> Start:
+        """The end of the gradient flow from θ0."""
+        if time == 0:
+            return cls(time, made.theta0, 0)
+        flow = integrate(made.objective, made.theta0, (0.0, time), method="bdf", rtol=1e-5)
+        return cls(time, flow.theta[-1], flow.n_hessian)
+
+
+def compare(problem: Problem, seed: int, methods: Sequence[str], known: dict[str, dict[str, float]]) -> Iterator[Row]:
+    """All methods from all starts; what derivatives cost is taken from ``known``, or measured and put there."""
     made = problem.make(seed)
-    costs = costs_of(made)
-    print(f"\n{problem.name}, seed {seed}: P = {made.objective.n_parameters}; " + costs_line(costs), flush=True)
-    told: dict[str, Any] = {"problem": problem.name, "seed": seed, "costs": costs, "flow": {}}
-    rows = []
-    for start in problem.starts:
-        theta, spent = made.theta0, 0
-        if start > 0:
-            method = "bdf" if made.objective.n_parameters <= 300 else "bdf-cg"
-            flow = integrate(made.objective, made.theta0, (0.0, start), method=method, rtol=1e-5)
-            theta, spent = flow.theta[-1], flow.n_hessian
-        told["flow"][start] = spent
+    name = f"{problem.name}, seed {seed}"
+    measured = costs_of(made)
+    costs = known.setdefault(name, measured)
+    print(f"\n{name}: P = {made.objective.n_parameters}; " + costs_line(costs), flush=True)
+    left_out = set(problem.few)
+    if seed > FIRST_OF_SLOW:
+        left_out |= SLOW
+    if not made.objective.has_residuals:
+        left_out |= {"levenberg-marquardt", "scipy least_squares"}
+    for flow_time in problem.starts if seed <= FIRST_OF_STARTS else (USUAL_START,):
+        start = Start.after(flow_time, made)
         for method in methods:
-            if (
-                method in problem.few
-                or (method in SLOW and seed > FIRST)
-                or (method == "levenberg-marquardt" and not made.objective.has_residuals)
-            ):
-                continue
-            row = run(problem, seed, start, method, made, theta, costs)
-            rows.append(row)
-            show(row)
-    return rows, told
+            if method not in left_out:
+                row = run(problem, seed, start, method, made, costs)
+                show(row)
+                yield row
 
 
 def costs_line(costs: dict[str, float]) -> str:
@@ -197,7 +241,7 @@ def show(row: Row) -> None:
     )
 
 
-def summary(rows: Sequence[Row], told: Sequence[dict[str, Any]]) -> list[str]:
+def summary(rows: Sequence[Row]) -> list[str]:
     """Per problem and start: how often each method arrives, with how much work; then what was aimed for."""
     lines = []
     for problem, start in dict.fromkeys((row.problem, row.start) for row in rows):
@@ -214,7 +258,7 @@ def summary(rows: Sequence[Row], told: Sequence[dict[str, Any]]) -> list[str]:
             )
             lines.append(f"  {method:22} {n:2d} {tail}")
         lines += ratios(here)
-    return lines + goals(rows, told)
+    return lines + goals(rows)
 
 
 def ratios(here: Sequence[Row]) -> list[str]:
@@ -243,15 +287,14 @@ def ratios(here: Sequence[Row]) -> list[str]:
     return lines
 
 
-def goals(rows: Sequence[Row], told: Sequence[dict[str, Any]]) -> list[str]:
+def goals(rows: Sequence[Row]) -> list[str]:
     """Where every neuron of the teacher can be learned: Hessians and Jacobians from θ0 on, and what is certified."""
     lines = [""]
     for start in dict.fromkeys(row.start for row in rows):
         same = [row for row in rows if (row.problem, row.method, row.start) == ("T33, r = 8", "auto", start)]
         if not same:
             continue
-        spent = {t["seed"]: t["flow"].get(start, 0) for t in told if t["problem"] == "T33, r = 8"}
-        second = [row.counts["hessian"] + row.counts["jacobian"] + spent[row.seed] for row in same]
+        second = [row.counts["hessian"] + row.counts["jacobian"] + row.flow for row in same]
         told_each = "/".join(f"{n}" if row.reached else f"({n})" for n, row in zip(second, same, strict=True))
         zero = sum(row.reached and row.last_loss <= 1e-25 for row in same)
         lines.append(f"T33, r = 8, auto from t = {start:g}: Hessians and Jacobians from θ0 on {told_each}; () not reached")
@@ -286,7 +329,28 @@ def chosen(arguments: argparse.Namespace) -> Iterable[tuple[Problem, int]]:
         limit = arguments.work or (3000.0 if arguments.quick else problem.work)
         for seed in seeds:
             if not arguments.seeds or seed in arguments.seeds:
-                yield Problem(problem.name, problem.make, problem.seeds, problem.starts, limit, problem.few), seed
+                yield replace(problem, work=limit), seed
+
+
+def kept(file: File) -> tuple[list[Row], dict[str, dict[str, float]]]:
+    """The rows of a file, and what derivatives cost."""
+    if not file.exists():
+        return [], {}
+    found = json.loads(file.read_text())
+    rows = [{name: math.nan if value is None else value for name, value in row.items()} for row in found["rows"]]
+    return [Row(**row) for row in rows], found["costs"]
+
+
+def keep(file: File, rows: Sequence[Row], costs: dict[str, dict[str, float]], **more: Any) -> None:
+    """Write what is known so far."""
+    written = {
+        "environment": environment(PACKAGES, 1, **more),
+        "summary": [line for line in summary(rows) if line],
+        "costs": costs,
+        "rows": [asdict(row) for row in rows],
+    }
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(json.dumps(without_nan(written), indent=1, ensure_ascii=False) + "\n")
 
 
 def main() -> None:
@@ -298,23 +362,18 @@ def main() -> None:
         print(f"{name} is left out: {why}")
     everything = (*OURS, *ADAPTED, *PEERS)
     methods = [name for name in everything if not arguments.methods or name in arguments.methods]
-    rows: list[Row] = []
-    told: list[dict[str, Any]] = []
+    partial = arguments.problems or arguments.methods or arguments.seeds or arguments.work
+    rows, costs = kept(arguments.output) if arguments.output and partial else ([], {})
+    found = {row.key: row for row in rows}
     for problem, seed in chosen(arguments):
-        found, what = compare(problem, seed, methods)
-        rows += found
-        told.append(what)
-    lines = summary(rows, told)
-    print("\n".join(lines))
+        for row in compare(problem, seed, methods, costs):
+            found[row.key] = row
+            if arguments.output:
+                keep(arguments.output, list(found.values()), costs, complete=False, quick=arguments.quick)
     if arguments.output:
-        kept = {
-            "environment": environment(PACKAGES, 1, quick=arguments.quick),
-            "summary": [line for line in lines if line],
-            "problems": told,
-            "rows": [asdict(row) for row in rows],
-        }
-        arguments.output.parent.mkdir(exist_ok=True)
-        arguments.output.write_text(json.dumps(without_nan(kept), indent=1, ensure_ascii=False) + "\n")
+        keep(arguments.output, list(found.values()), costs, complete=True, quick=arguments.quick)
+    print("\n".join(summary(list(found.values()))))
+    if arguments.output:
         print(f"Results in {arguments.output}")
 
 

@@ -15,7 +15,8 @@ from problems import make_closure, teacher_student
 from torch import Tensor, nn
 
 from torch_gradflow import NewtonPolish
-from torch_gradflow.minimize.least_squares import LevenbergMarquardt, linearised
+from torch_gradflow.minimize import least_squares
+from torch_gradflow.minimize.least_squares import LevenbergMarquardt, Linearised, linearised
 from torch_gradflow.minimize.method import Iterate
 from torch_gradflow.minimize.minimize import minimize
 from torch_gradflow.objectives.base import DerivativeError, Objective
@@ -213,12 +214,14 @@ def student(seed: int, **sizes: int) -> tuple[ModuleObjective, Tensor]:
     return objective, objective.initial_theta()
 
 
-def test_damped_steps() -> None:
+@pytest.mark.parametrize("exact", [True, False])
+def test_damped_steps(exact: bool) -> None:
     """(JᵀJ + μ) p = −Jᵀr, ‖p‖ at most the radius, μ > 0 only where it is reached; the reduction is that of ½‖r + Jp‖²."""
     network = NETWORKS["one hidden layer"]
     samples, phi = samples_of(network, 60), random(network.n_parameters, seed=4)
-    linear = linearised(PerceptronObjective(network, SQUARES, samples), phi)
+    linear = linearised(PerceptronObjective(network, SQUARES, samples), phi, exact=exact)
     assert linear is not None
+    assert (linear.rounding == 0) == exact
     r = residuals_in_torch(network, samples, phi)
     jacobian = torch.func.jacrev(partial(residuals_in_torch, network, samples))(phi)
     for radius in (1e-4, 1e-2, 1.0, 1e6):
@@ -241,7 +244,7 @@ def test_the_first_correction_is_the_geodesic_acceleration() -> None:
     samples, phi = samples_of(network, 60), random(network.n_parameters, seed=4)
     objective = PerceptronObjective(network, SQUARES, samples)
     residuals = partial(residuals_in_torch, network, samples)
-    linear = linearised(objective, phi)
+    linear = linearised(objective, phi, exact=True)
     assert linear is not None
     errors = []
     for radius in (1e-2, 1e-3):
@@ -264,6 +267,24 @@ def test_singular_minima_of_zero_loss(seed: int, within: int) -> None:
     assert result.loss <= 1e-19
     assert objective.counts.n_jacobian <= within
     assert float(objective.loss_and_gradient(result.theta)[1].abs().max()) == result.grad_norm
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_eigenvalues_instead_of_singular_values(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Of many parameters: to the same gradient, since singular values are taken where the rounding of JᵀJ would hide them."""
+    monkeypatch.setattr(least_squares, "MAX_SVD", 0)
+    taken: list[bool] = []
+
+    def watched(objective: Objective, theta: Tensor, *, exact: bool) -> Linearised | None:
+        taken.append(exact)
+        return linearised(objective, theta, exact=exact)
+
+    monkeypatch.setattr(least_squares, "linearised", watched)
+    objective, theta = student(seed)
+    result = minimize(objective, theta, method="levenberg-marquardt", max_iter=100, certificate=False)
+    assert result.status == "converged"
+    assert taken == sorted(taken)
+    assert 10 < taken.index(True) < len(taken)
 
 
 @pytest.mark.parametrize("seed", [2, 10])

@@ -614,6 +614,17 @@ def test_auto_uses_krylov_spaces_where_hessians_are_dear(monkeypatch: pytest.Mon
     assert np.abs(scipy.optimize.rosen_der(result.theta.numpy())).max() <= 1e-12
 
 
+def test_auto_takes_residuals_where_krylov_spaces_crawl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beyond so many parameters, Levenberg–Marquardt reaches singular minima of zero loss, and soon."""
+    monkeypatch.setattr(auto, "MAX_DENSE", 3)
+    model, x, y = teacher_student(2)
+    objective = ModuleObjective(model, nn.functional.mse_loss, (x, y))
+    result = minimize(objective, flat(model), certificate=False)
+    assert [choice.method for choice in result.choices] == ["trust-region-lanczos", "levenberg-marquardt"]
+    assert result.status == "converged", result.message
+    assert result.n_hvp < 1000
+
+
 def test_auto_hands_over_where_rounding_stops_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
     """To Newton's method, whose gradient test goes farther; the loss never rises on the way."""
     monkeypatch.setattr(auto, "LONG_PATIENCE", 2)

@@ -26,7 +26,8 @@ from torch_gradflow.objectives.base import Objective, check_start
 DEFAULT_MAX_ITER = 2000
 # Methods without second derivatives take more and cheaper steps.
 DEFAULT_MAX_ITER_OF_GRADIENTS = 20_000
-# Iterations by which a loss of zero is looked for where the certificate is undecided, and how often.
+# Iterations by which a loss of zero is looked for where the certificate is undecided, no more than there were before; and how
+# often that is.
 SETTLING, SETTLED_EVERY = 300, 10
 
 
@@ -199,7 +200,7 @@ class MinimizeRun:
             return
         before, settled = self.n_iter, False
         try:
-            for iterate in islice(steps, min(SETTLING, self._max_iter - self.n_iter)):
+            for iterate in islice(steps, min(SETTLING, self.n_iter, self._max_iter - self.n_iter)):
                 if (self.n_iter - before) % SETTLED_EVERY == 0 or iterate.stuck:
                     floor = Floor.at(self._objective, iterate.theta, iterate.loss, iterate.gradient)
                     settled = floor.is_zero_loss(self._objective, iterate.loss)
