@@ -156,6 +156,7 @@ def main() -> None:
         curves.set(title=f"{size} parameters (bold: seed 1)", xlabel="seconds of one core", ylabel="least loss so far")
         ends.set(title="final loss, all seeds", xlabel="loss", yticks=range(len(METHODS)), yticklabels=list(METHODS))
         ends.invert_yaxis()
+        curves.legend(fontsize="x-small", loc="lower left")
         for axis in (curves, ends):
             axis.grid(alpha=0.3)
     figure.savefig(options.figure, dpi=110)

@@ -44,8 +44,8 @@ SAME, ORTHOGONAL = 100.0, 0.75
 STACK = 8
 # A direction that is this small, in units of ε and of the rows that show it, is rounding.
 ROUNDING = 1e3
-# So many rows more than its eigenpairs a low-rank matrix may have before it is truncated.
-SPARE = 32
+# A low-rank matrix of r eigenpairs may have so many times r rows before it is truncated.
+SPARE = 1.5
 # Beyond so many parameters the calls of tensor operations no longer count.
 COMPILED_LIMIT = 2000
 
@@ -365,14 +365,14 @@ class Dense(Secant):
 class LowRank(Secant):
     """B = Uᵀ S U with few rows U, for P too large for a matrix: O(r P) numbers, O(r P) operations per solution.
 
-    New pairs add rows; when there are more than r and some, only the r eigenpairs of largest modulus are kept. (To keep r
+    New pairs add rows; when there are more than 1.5 r, only the r eigenpairs of largest modulus are kept. (To keep r
     always takes a decomposition per step: on 601 parameters that was half of all time.) What is forgotten is what is soft; a
     direction that is not, while a stiff one is needed, costs an iteration to learn it again. (Pairs of which the oldest are
     forgotten, as usual, lose stiff directions: with 20 pairs for 151 parameters an integration did not arrive in 20,000
     gradients, with 20 eigenpairs it took 1710.)
 
     Attributes:
-        basis: U, orthonormal rows, shape ``(n, P)`` with n ≤ r + ``SPARE``.
+        basis: U, orthonormal rows, shape ``(n, P)`` with n ≤ ``SPARE`` r.
         small: S, symmetric, shape ``(n, n)``.
         capacity: r.
     """
@@ -414,16 +414,18 @@ class LowRank(Secant):
         return self._added(row, nothing) if missing > 0 else self._added(nothing, row)
 
     def rows(self) -> Tensor:
-        """See ``Secant``: U, and below it S."""
-        below = self.basis.new_zeros(self.basis.shape)
-        below[:, : len(self.small)] = self.small
+        """See ``Secant``: U, and below it the elements of S."""
+        n, size = self.basis.shape
+        below = self.basis.new_zeros(_rows_of(n, size) - n, size)
+        below.view(-1)[: n * n] = self.small.flatten()
         return torch.cat([self.basis, below])
 
     @classmethod
     def of(cls, rows: Tensor, capacity: int) -> LowRank:
         """The inverse of ``rows``."""
-        n = len(rows) // 2
-        return cls(rows[:n].contiguous(), rows[n:, :n].contiguous(), capacity)
+        total, size = rows.shape
+        n = next(n for n in range(total + 1) if _rows_of(n, size) == total)
+        return cls(rows[:n].contiguous(), rows[n:].flatten()[: n * n].view(n, n).clone(), capacity)
 
     def _added(self, gained: Tensor, lost: Tensor) -> LowRank:
         """B + Gᵀ G − Lᵀ L."""
@@ -442,7 +444,7 @@ class LowRank(Secant):
         small = (parts * signs[:, None]).T @ parts
         small[:n, :n] += self.small
         grown = LowRank(torch.cat([self.basis, new.T]), 0.5 * (small + small.T), self.capacity)
-        return grown if len(small) <= min(self.capacity + SPARE, rows.shape[1]) else grown.truncated()
+        return grown if len(small) <= min(SPARE * self.capacity, rows.shape[1]) else grown.truncated()
 
     def truncated(self) -> LowRank:
         """The eigenpairs of largest modulus, no more than there is room for."""
@@ -452,6 +454,11 @@ class LowRank(Secant):
         n_known = int((sizes > 10 * torch.finfo(sizes.dtype).eps * sizes[0]).sum())
         kept = order[: min(self.capacity, self.basis.shape[1], n_known)]
         return LowRank(vectors[:, kept].T @ self.basis, torch.diag(values[kept]), self.capacity)
+
+
+def _rows_of(n: int, n_parameters: int) -> int:
+    """How many rows n rows and n² numbers are."""
+    return n + -(-n * n // n_parameters)
 
 
 def _changes(image: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor] | None:
