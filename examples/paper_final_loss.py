@@ -53,9 +53,10 @@ def problem(n_inputs: int, n_hidden: int, n_samples: int, seed: int) -> tuple[Mo
 
 @dataclass
 class Clock(StoppingRule):
-    """Seconds of the processor since now, and the least loss that was seen by then."""
+    """Seconds of the processor since now, and the least loss that was seen by then; at most so many times."""
 
     limit: float
+    most: float = math.inf
 
     def __post_init__(self) -> None:
         self.began, self.curve = time.process_time(), [(0.0, math.inf)]
@@ -64,7 +65,7 @@ class Clock(StoppingRule):
         """Whether time is up."""
         seconds = time.process_time() - self.began
         self.curve.append((seconds, min(loss, self.curve[-1][1])))
-        return seconds > self.limit
+        return seconds > self.limit or len(self.curve) > self.most
 
     def begin(self) -> Check:
         """As a stopping rule of a flow."""
@@ -139,7 +140,7 @@ def main() -> None:
         n_inputs, n_hidden, short, full = SIZES[size]
         seconds = options.seconds or (full if options.full else short)
         for method in METHODS.values():  # compiles what is compiled on first use
-            method(*problem(n_inputs, n_hidden, options.samples, 0), Clock(0.2))
+            method(*problem(n_inputs, n_hidden, 100, 0), Clock(60.0, most=60))
         losses: dict[str, list[float]] = {name: [] for name in METHODS}
         for seed in range(1, n_seeds + 1):
             for name, method in METHODS.items():

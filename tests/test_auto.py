@@ -403,6 +403,15 @@ def test_where_it_is_rough_chebyshev_steps_begin(monkeypatch: pytest.MonkeyPatch
     assert errors(solution.theta[-1], alone.theta[-1]) < 1e-2
 
 
+def test_a_piece_that_a_few_steps_cover_is_not_examined() -> None:
+    """As in loops over mini-batches, where each call is another loss, with the step size of the last one."""
+    objective, theta0 = network(nn.Tanh(), 2, 8, 1)
+    whole, piece = (
+        integrate(objective, theta0, (0.0, 1e-3), rtol=1e-6, step_size=step_size).n_grad for step_size in (None, 1e-3)
+    )
+    assert piece <= 8 and whole >= piece + 6
+
+
 def test_steps_that_cost_less_than_expected_ones_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     """A way of backward differentiation whose steps turn out dear hands over to the one expected to cost less."""
     fixed_costs(monkeypatch, Costs(gradient=1.0, hvp=50.0, hessian=4.1, cholesky=0.2, eigh=100.0))

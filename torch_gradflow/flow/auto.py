@@ -330,11 +330,15 @@ class _Race:
         if memory is not None and memory.times[0] == start.t:
             self._recall(memory)
             reason = "as before"
-        elif ROUGH in methods and is_rough(objective, start.theta, start.gradient):
+        elif ROUGH in methods and not self._is_short() and is_rough(objective, start.theta, start.gradient):
             self._charge = self._current = ROUGH
             self._rough = True
             reason = "the gradient is not smooth"
         self._choices = [Choice(start.t, self._current, reason)]
+
+    def _is_short(self) -> bool:
+        """Whether the first steps are known to reach the end, as with mini-batches in a loop: nothing will be chosen then."""
+        return self._span.t_end - self._origin <= FIRST_STEPS * (self._span.step_size or 0.0)
 
     def run(self) -> RunEnd:
         """Bouts of one method after the other."""
