@@ -135,12 +135,12 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     sizes, n_seeds = (list(SIZES), 10) if options.full else (options.parameters, options.seeds)
+    for method in METHODS.values():  # compiles what is compiled on first use
+        method(*problem(*SIZES[33][:2], options.samples, 0), Clock(60.0, most=300))
     figure, axes = plt.subplots(len(sizes), 2, figsize=(13, 4.6 * len(sizes)), layout="constrained", squeeze=False)
     for size, (curves, ends) in zip(sizes, axes, strict=True):
         n_inputs, n_hidden, short, full = SIZES[size]
         seconds = options.seconds or (full if options.full else short)
-        for method in METHODS.values():  # compiles what is compiled on first use
-            method(*problem(n_inputs, n_hidden, 100, 0), Clock(60.0, most=60))
         losses: dict[str, list[float]] = {name: [] for name in METHODS}
         for seed in range(1, n_seeds + 1):
             for name, method in METHODS.items():
