@@ -16,9 +16,11 @@ from scipy.integrate import solve_ivp
 from torch import Tensor, nn
 
 from torch_gradflow import GradientFlow, integrate
-from torch_gradflow.flow.auto import FIRST, Auto, Costs, differentiations, is_rough
+from torch_gradflow.flow.auto import FIRST, Auto
+from torch_gradflow.flow.costs import Costs, differentiations
 from torch_gradflow.flow.method import Arrival, Span
 from torch_gradflow.flow.methods import METHODS, RACING, find_method
+from torch_gradflow.flow.roughness import is_rough
 from torch_gradflow.flow.solution import Knot
 from torch_gradflow.objectives.base import EvaluationCounts, Objective
 from torch_gradflow.objectives.function import FunctionObjective
